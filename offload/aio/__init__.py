@@ -1,0 +1,1 @@
+"""Asynchronous file I/O: see `offload.aio.engine` for what an engine promises."""

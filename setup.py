@@ -1,0 +1,70 @@
+"""Build the two C++ extensions; everything else about the package is in pyproject.toml.
+
+The extensions need a C++17 compiler, the Python headers and pybind11: no torch, no CUDA, no
+liburing. SIMD is chosen at run time, so one translation unit per instruction set is compiled with
+its own flags and the rest is built for the baseline of the architecture.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+CSRC = Path("csrc")
+X86 = platform.machine().lower() in {"x86_64", "amd64"}
+
+COMMON_FLAGS = ["-O3", "-g0", "-Wall", "-Wextra", "-Wshadow", "-fvisibility=hidden"]
+if os.environ.get("OFFLOAD_WERROR") == "1":
+    COMMON_FLAGS.append("-Werror")
+
+# Flags per translation unit, by file name suffix: `adamw_avx2.cc` is built with AVX2 and FMA.
+# No -ffast-math anywhere: results must not depend on the compiler's taste. FP contraction is off
+# so that a multiply and an add fuse only where the source says fma.
+COMMON_FLAGS.append("-ffp-contract=off")
+UNIT_FLAGS = {
+    "_avx2.cc": ["-mavx2", "-mfma"],
+    "_avx512.cc": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "_sse42.cc": ["-msse4.2", "-mpclmul"],
+}
+
+
+class BuildPerUnitFlags(build_ext):
+    """`build_ext` that adds the flags of UNIT_FLAGS to the files they name."""
+
+    def build_extensions(self) -> None:
+        compile_one = self.compiler._compile
+
+        def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):  # type: ignore[no-untyped-def]
+            extra = [flag for suffix, flags in UNIT_FLAGS.items() if src.endswith(suffix) for flag in flags]
+            return compile_one(obj, src, ext, cc_args, [*extra_postargs, *extra], pp_opts)
+
+        self.compiler._compile = compile_with_flags
+        super().build_extensions()
+
+
+def sources(folder: str) -> list[str]:
+    """Return the translation units of one extension, leaving out those of other architectures."""
+    units = sorted(str(path) for path in (CSRC / folder).glob("*.cc"))
+    return units if X86 else [unit for unit in units if not unit.endswith(tuple(UNIT_FLAGS))]
+
+
+def extension(module: str, folder: str) -> Pybind11Extension:
+    return Pybind11Extension(
+        f"offload.{module}",
+        sources(folder),
+        include_dirs=[str(CSRC)],
+        cxx_std=17,
+        extra_compile_args=COMMON_FLAGS,
+        extra_link_args=["-pthread"],
+        depends=sorted(str(path) for path in CSRC.rglob("*.h")),
+    )
+
+
+setup(
+    ext_modules=[extension("_aio", "aio"), extension("_adam", "adam")],
+    cmdclass={"build_ext": BuildPerUnitFlags},
+)
