@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["GIB", "KIB", "MIB", "align_down", "align_up", "format_bytes", "format_rate", "format_time", "parse_bytes"]
+__all__ = [
+    "GIB",
+    "KIB",
+    "MIB",
+    "align_down",
+    "align_up",
+    "format_bytes",
+    "format_rate",
+    "format_time",
+    "parse_bytes",
+]
 
 KIB = 1 << 10
 MIB = 1 << 20

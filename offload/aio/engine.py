@@ -105,7 +105,9 @@ class Engine(Protocol):
             StorageError: with the errno of the failing call.
         """
 
-    def submit(self, op: Op, file: File, buffer: Buffer, file_offset: int, nbytes: int | None = None) -> Request:
+    def submit(
+        self, op: Op, file: File, buffer: Buffer, file_offset: int, nbytes: int | None = None
+    ) -> Request:
         """Begin one transfer between `buffer` (from its start) and `file` at `file_offset`.
 
         Args:

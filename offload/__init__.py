@@ -1,0 +1,1 @@
+"""Fine-tune and run models several times larger than memory on one workstation."""
