@@ -1,0 +1,42 @@
+"""What every test shares: fixed seeds, one thread per test process, the `cuda` fixture."""
+
+from __future__ import annotations
+
+import os
+
+# One thread: the tensors of the tests are tiny, and two processes that spin on two cores wait for
+# each other. It is read when torch is first imported, and inherited by the processes tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing in the tests comes from a hub; a mistake must fail at once instead of trying the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import random
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# The same examples in every run, and no deadline: a loaded machine is not a failure.
+settings.register_profile("offload", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("offload")
+
+SEED = 20
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Seed every generator before each test. torch only where the test has imported it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.fixture
+def cuda():
+    """The CUDA device, for tests marked `gpu`; skips where there is none."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")
