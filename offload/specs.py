@@ -10,7 +10,7 @@ from typing import Literal
 
 from .sizes import align_up
 
-__all__ = ["RecordDType", "RecordKind", "TensorSpec", "Tier", "UnitLayout"]
+__all__ = ["ELEMENT_ALIGNMENT", "RecordDType", "RecordKind", "TensorSpec", "Tier", "UnitLayout"]
 
 # How master weights are stored: `float32`, or `bfloat16` high halves plus a 16-bit residual in the
 # optimizer record, which together are the exact fp32 value.
