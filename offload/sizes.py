@@ -7,6 +7,7 @@ always printed.
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 __all__ = [
     "GIB",
@@ -63,7 +64,8 @@ def parse_bytes(text: str | int) -> int:
     unit = _UNITS.get(match["unit"].lower()) if match else None
     if match is None or unit is None:
         raise ValueError(f"not a size: {text!r}; write bytes with a unit, for example 8GiB, 512MiB or 200GB")
-    return round(float(match["number"].replace("_", "")) * unit)
+    # Decimal: a float would lose the low bits of a long byte count.
+    return round(Decimal(match["number"].replace("_", "")) * unit)
 
 
 def format_bytes(nbytes: int) -> str:
@@ -77,7 +79,7 @@ def format_bytes(nbytes: int) -> str:
     value = float(nbytes)
     for unit in ("KiB", "MiB", "GiB"):
         value /= 1024
-        if value < 1024:
+        if value < 1023.95:  # what rounds to 1024.0 is one of the next unit
             return f"{value:.1f} {unit}"
     return f"{value / 1024:,.2f} TiB"
 
@@ -97,9 +99,10 @@ def format_time(seconds: float) -> str:
     >>> format_time(0.85), format_time(12.34), format_time(245), format_time(11045)
     ('850 ms', '12.3 s', '4:05', '3:04:05')
     """
-    if seconds < 1:
+    # The bounds are those of the rounded figure: never `1000 ms` or `60.0 s`.
+    if seconds < 0.9995:
         return f"{seconds * 1e3:.0f} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
