@@ -151,8 +151,7 @@ def _check_parameter(parameter: nn.Parameter, tensor: str) -> None:
             f"parameter {tensor!r} is uninitialised, so its shape is unknown; run one forward pass "
             "with a sample input before attaching"
         )
-    plain = not is_traceable_wrapper_subclass(parameter) and parameter.layout is torch.strided
-    if not plain:
+    if not _is_plain(parameter):
         raise UnitError(
             f"parameter {tensor!r} is a {type(parameter).__name__} of layout {parameter.layout}, not a plain "
             "dense tensor; give the model before it is quantised, distributed or made sparse"
@@ -163,3 +162,9 @@ def _check_parameter(parameter: nn.Parameter, tensor: str) -> None:
             "float16 values; convert it (model.float()), load the model unquantised, or make it a buffer: "
             "buffers stay as they are"
         )
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    # Wrapper subclasses (DTensor, torchao's quantised tensors) show a dtype and shape that are not
+    # those of the tensors inside.
+    return tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
