@@ -1,0 +1,627 @@
+"""Budgets, arenas, pools and stacks: what is lent, to whom, and what the messages say."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from offload.buffers import PAGE_NBYTES, POISON, Arena, Budget, Lease, Partition, Pool, Region
+from offload.errors import CapacityError, RequestTimeoutError, StateError
+from offload.sizes import GIB, MIB
+from offload.specs import Tier
+
+PAGE = PAGE_NBYTES
+WAIT_S = 30.0  # for threads that must get there; never the time a passing test takes
+
+
+@pytest.fixture
+def budget() -> Budget:
+    return Budget(Tier.HOST, 64 * MIB)
+
+
+@pytest.fixture
+def arena(budget: Budget) -> Iterator[Arena]:
+    with Arena(budget, 16 * PAGE) as arena:
+        yield arena
+
+
+def make_pool(*pages: int) -> Pool:
+    nbytes = sum(pages) * PAGE
+    return Partition(Region("region", nbytes)).pool("pool", [count * PAGE for count in pages])
+
+
+class Caller:
+    """A thread that leases and is known to block: `lease` or `error` is what it got in the end."""
+
+    def __init__(self, pool: Pool, nbytes: int, holder: str) -> None:
+        self.lease: Lease | None = None
+        self.error: Exception | None = None
+        blocks = threading.Event()
+        wait_for = pool._changed.wait_for
+
+        def wait_for_and_tell(*args: Any) -> bool:
+            # The caller holds the pool's lock here and gives it up only by waiting.
+            blocks.set()
+            return wait_for(*args)
+
+        with mock.patch.object(pool._changed, "wait_for", wait_for_and_tell):
+            self.thread = threading.Thread(target=self._run, args=(pool, nbytes, holder), daemon=True)
+            self.thread.start()
+            assert blocks.wait(WAIT_S)
+
+    def _run(self, pool: Pool, nbytes: int, holder: str) -> None:
+        try:
+            self.lease = pool.lease(nbytes, holder)
+        except (StateError, CapacityError) as error:
+            self.error = error
+
+    def join(self) -> None:
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive()
+
+
+# Budget
+
+
+def test_budget_counts_charges_refunds_and_high_water() -> None:
+    budget = Budget(Tier.HOST, 1000)
+    budget.charge(300, "cache")
+    budget.charge(400, "window")
+    budget.refund(300, "cache")
+    assert (budget.used_nbytes, budget.free_nbytes, budget.high_water_nbytes) == (400, 600, 700)
+    assert budget.holders() == {"window": 400}
+
+
+def test_budget_holders_come_largest_first() -> None:
+    budget = Budget(Tier.HOST, 1000)
+    for nbytes, holder in ((100, "small"), (500, "large"), (200, "middle")):
+        budget.charge(nbytes, holder)
+    assert list(budget.holders()) == ["large", "middle", "small"]
+
+
+@pytest.mark.parametrize(("tier", "knob"), [(Tier.HOST, "host_memory"), (Tier.DEVICE, "device_memory")])
+def test_budget_refusal_names_tier_numbers_holders_and_knob(tier: Tier, knob: str) -> None:
+    budget = Budget(tier, 10_000)
+    budget.charge(2_000, "gradients")
+    budget.charge(5_000, "window")
+    with pytest.raises(CapacityError) as caught:
+        budget.charge(4_000, "activations")
+    message = str(caught.value)
+    for part in (tier.value, "'activations'", "4,000 bytes", "3,000 bytes", "9.8 KiB", knob, "11,000 bytes"):
+        assert part in message
+    assert message.index("window 4.9 KiB") < message.index("gradients 2.0 KiB")
+
+
+def test_budget_refusal_charges_nothing() -> None:
+    budget = Budget(Tier.HOST, 100)
+    with pytest.raises(CapacityError, match="nobody"):
+        budget.charge(101, "late")
+    assert budget.used_nbytes == budget.high_water_nbytes == 0
+    assert budget.holders() == {}
+
+
+def test_budget_can_be_charged_to_the_last_byte() -> None:
+    budget = Budget(Tier.HOST, 100)
+    budget.charge(100, "all")
+    assert budget.free_nbytes == 0
+
+
+def test_refund_of_more_than_was_charged_raises() -> None:
+    budget = Budget(Tier.HOST, 100)
+    budget.charge(10, "a")
+    with pytest.raises(StateError, match="'a' refunds 11 bytes but was charged 10"):
+        budget.refund(11, "a")
+    assert budget.used_nbytes == 10
+
+
+def test_negative_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        Budget(Tier.HOST, -1)
+    budget = Budget(Tier.HOST, 100)
+    with pytest.raises(ValueError, match="negative"):
+        budget.charge(-1, "a")
+    with pytest.raises(ValueError, match="negative"):
+        budget.refund(-1, "a")
+
+
+def test_budget_is_exact_under_threads() -> None:
+    budget = Budget(Tier.HOST, 8)
+    barrier = threading.Barrier(8)
+
+    def work(holder: str) -> None:
+        barrier.wait(WAIT_S)
+        for _ in range(300):
+            budget.charge(1, holder)
+            budget.refund(1, holder)
+
+    threads = [threading.Thread(target=work, args=(f"thread {index}",)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert budget.used_nbytes == 0
+    assert budget.high_water_nbytes <= 8
+
+
+# Arena
+
+
+def test_arena_is_page_aligned_and_charged_whole_pages(budget: Budget) -> None:
+    with Arena(budget, PAGE + 1, "window") as arena:
+        assert arena.address % PAGE == 0
+        assert arena.nbytes == len(arena.memory) == 2 * PAGE
+        assert budget.holders() == {"window": 2 * PAGE}
+    assert budget.used_nbytes == 0
+
+
+def test_arena_over_budget_is_refused(budget: Budget) -> None:
+    with pytest.raises(CapacityError, match="host_memory"):
+        Arena(budget, 65 * MIB)
+    assert budget.used_nbytes == 0
+
+
+def test_arena_that_the_system_refuses_gives_the_charge_back() -> None:
+    budget = Budget(Tier.HOST, 1 << 62)
+    with pytest.raises(CapacityError, match="system refused to map"):
+        Arena(budget, 1 << 60)
+    assert budget.used_nbytes == 0
+
+
+def test_creating_an_arena_touches_none_of_it() -> None:
+    def resident_nbytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+    budget = Budget(Tier.HOST, GIB)
+    before = resident_nbytes()
+    with Arena(budget, GIB) as arena:
+        pool = arena.pool("slots", [256 * MIB] * 4)
+        with pool.lease(200 * MIB, "nobody writes"):
+            assert resident_nbytes() - before < 32 * MIB
+
+
+def test_pages_go_back_at_close_even_under_a_live_view() -> None:
+    arena = Arena(Budget(Tier.HOST, PAGE), PAGE)
+    view = arena.memory
+    view[:4] = b"data"
+    arena.close()
+    assert bytes(view[:4]) == bytes(4)
+
+
+def test_closed_arena_lends_and_shows_nothing(arena: Arena) -> None:
+    pool = arena.pool("slots", [PAGE])
+    lease = pool.lease(10, "a")
+    arena.close()
+    arena.close()
+    assert arena.closed
+    for use in (
+        lambda: arena.view(lease),
+        lambda: arena.memory,
+        lambda: arena.pool("more", [PAGE]),
+        lambda: arena.stack("more", PAGE),
+        lambda: pool.lease(1, "b"),
+    ):
+        with pytest.raises(StateError, match="closed"):
+            use()
+    lease.release()
+
+
+def test_a_pin_is_undone_once_at_close(arena: Arena) -> None:
+    undone: list[str] = []
+    assert not arena.pinned
+    arena.pin(lambda: undone.append("unpinned"))
+    assert arena.pinned
+    arena.close()
+    arena.close()
+    assert undone == ["unpinned"]
+    assert not arena.pinned
+
+
+def test_a_forked_child_does_not_inherit_the_memory_and_is_told_so() -> None:
+    # In a fresh interpreter: forking this one, which may have threads, warns.
+    script = """
+import os
+from offload.buffers import Arena, Budget
+from offload.errors import StateError
+from offload.specs import Tier
+arena = Arena(Budget(Tier.HOST, 4096), 4096)
+address = f"{arena.address:x}-"
+assert any(line.startswith(address) for line in open("/proc/self/maps")), "not mapped in the parent"
+child = os.fork()
+if child == 0:
+    inherited = any(line.startswith(address) for line in open("/proc/self/maps"))
+    try:
+        arena.memory
+    except StateError as error:
+        told = "fork" in str(error)
+    else:
+        told = False
+    os._exit(0 if told and not inherited else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=WAIT_S)
+
+
+# Views
+
+
+def test_view_shows_the_lease_and_nothing_else(arena: Arena) -> None:
+    pool = arena.pool("slots", [PAGE, PAGE])
+    first, second = pool.lease(100, "first"), pool.lease(100, "second")
+    arena.view(first)[:] = b"\x11" * 100
+    arena.view(second)[:] = b"\x22" * 100
+    assert bytes(arena.view(first)) == b"\x11" * 100
+    assert bytes(arena.view(second, 10, 5)) == b"\x22" * 5
+    assert len(arena.view(second, 90)) == 10
+    assert ctypes.addressof(ctypes.c_char.from_buffer(arena.view(second))) == arena.address + second.offset
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(0, 101), (100, 1), (-1, 2), (0, -1), (101, None)])
+def test_view_outside_the_lease_raises(arena: Arena, offset: int, nbytes: int | None) -> None:
+    with arena.pool("slots", [PAGE]).lease(100, "a") as lease, pytest.raises(ValueError, match="not within"):
+        arena.view(lease, offset, nbytes)
+
+
+def test_view_of_a_released_lease_raises(arena: Arena) -> None:
+    with arena.pool("slots", [PAGE]).lease(100, "a") as lease:
+        pass
+    with pytest.raises(StateError, match="was released"):
+        arena.view(lease)
+
+
+def test_view_of_another_arenas_lease_raises(arena: Arena, budget: Budget) -> None:
+    with (
+        Arena(budget, PAGE, "other") as other,
+        other.pool("slots", [PAGE]).lease(1, "a") as lease,
+        pytest.raises(StateError, match="is not of 'arena'"),
+    ):
+        arena.view(lease)
+
+
+# Carving
+
+
+def test_pools_and_stacks_of_an_arena_do_not_overlap(arena: Arena) -> None:
+    ranges = [
+        arena.pool("a", [1]).lease(1, "a"),
+        arena.stack("b", PAGE + 1).push(2 * PAGE, "b"),
+        arena.pool("c", [3 * PAGE]).lease(1, "c"),
+    ]
+    assert [lease.offset for lease in ranges] == [0, PAGE, 3 * PAGE]
+    assert arena.free_nbytes == 10 * PAGE
+
+
+def test_pool_larger_than_the_arena_is_refused_with_numbers(arena: Arena) -> None:
+    arena.pool("window", [4 * PAGE])
+    with pytest.raises(
+        CapacityError, match=r"'cache' needs 52\.0 KiB \(53,248 bytes\).*49,152 bytes.*window"
+    ):
+        arena.pool("cache", [13 * PAGE])
+    assert arena.free_nbytes == 12 * PAGE
+
+
+@pytest.mark.parametrize("slots", [[], [0], [PAGE, -1]])
+def test_pool_of_no_or_empty_slots_is_refused(arena: Arena, slots: list[int]) -> None:
+    with pytest.raises(ValueError, match="slots must be"):
+        arena.pool("bad", slots)
+
+
+def test_stack_of_no_bytes_is_refused(arena: Arena) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        arena.stack("bad", 0)
+
+
+# Pool
+
+
+def test_pool_lends_the_smallest_free_slot_that_fits() -> None:
+    pool = make_pool(4, 1, 2)
+    assert pool.lease(PAGE + 1, "a").capacity_nbytes == 2 * PAGE
+    assert pool.lease(PAGE, "b").capacity_nbytes == PAGE
+    assert pool.lease(1, "c").capacity_nbytes == 4 * PAGE
+
+
+def test_pool_reports_leases_and_high_water() -> None:
+    pool = make_pool(1, 2)
+    first = pool.lease(2 * PAGE, "layer 0")
+    second = pool.lease(5, "layer 1")
+    assert pool.in_use() == (("layer 0", 2 * PAGE), ("layer 1", 5))
+    first.release()
+    second.release()
+    assert pool.in_use() == ()
+    assert (pool.used_nbytes, pool.high_water_nbytes) == (0, 3 * PAGE)
+
+
+def test_request_that_no_slot_could_hold_is_refused_at_once() -> None:
+    pool = make_pool(1, 2)
+    with pytest.raises(CapacityError, match=r"8,193 bytes.*largest of its 2 slots.*8,192 bytes"):
+        pool.lease(2 * PAGE + 1, "huge")
+    with pytest.raises(CapacityError):
+        pool.try_lease(2 * PAGE + 1, "huge")
+
+
+def test_lease_of_no_bytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        make_pool(1).lease(0, "a")
+
+
+def test_try_lease_returns_none_when_all_slots_that_fit_are_lent() -> None:
+    pool = make_pool(1, 2)
+    with pool.lease(2 * PAGE, "a"):
+        assert pool.try_lease(PAGE + 1, "b") is None
+        small = pool.try_lease(PAGE, "b")
+        assert small is not None
+        small.release()
+
+
+def test_releasing_twice_raises_and_frees_once() -> None:
+    pool = make_pool(1)
+    lease = pool.lease(1, "layer 3")
+    lease.release()
+    with pytest.raises(StateError, match=r"layer 3.*released already"):
+        lease.release()
+    pool.lease(1, "a")
+    assert pool.try_lease(1, "b") is None
+
+
+def test_a_lease_released_inside_its_block_is_not_released_again() -> None:
+    pool = make_pool(1)
+    with pool.lease(1, "a") as lease:
+        lease.release()
+        with pool.lease(1, "b"):
+            pass
+    assert pool.in_use() == ()
+
+
+def test_lease_is_released_when_its_block_raises() -> None:
+    pool = make_pool(1)
+    with pytest.raises(KeyError), pool.lease(1, "a"):
+        raise KeyError
+    assert pool.in_use() == ()
+
+
+def test_lease_blocks_until_a_slot_is_released_in_another_thread() -> None:
+    pool = make_pool(1)
+    lease = pool.lease(1, "first")
+    caller = Caller(pool, 1, "second")
+    assert caller.thread.is_alive()
+    lease.release()
+    caller.join()
+    assert caller.lease is not None
+    assert pool.in_use() == (("second", 1),)
+
+
+def test_waiters_are_served_in_the_order_they_came() -> None:
+    pool = make_pool(1)
+    lease = pool.lease(1, "holder")
+    callers = [Caller(pool, 1, f"waiter {index}") for index in range(4)]
+    for caller in callers:
+        lease.release()
+        caller.join()
+        assert caller.lease is not None
+        lease = caller.lease
+    assert pool.num_waiting == 0
+
+
+def test_a_slot_goes_to_the_first_waiter_that_it_fits() -> None:
+    pool = make_pool(1, 3)
+    small, large = pool.lease(PAGE, "small"), pool.lease(3 * PAGE, "large")
+    wants_large = Caller(pool, 2 * PAGE, "wants large")
+    wants_small = Caller(pool, PAGE, "wants small")
+    small.release()
+    wants_small.join()
+    assert wants_large.thread.is_alive()
+    large.release()
+    wants_large.join()
+
+
+def test_a_late_caller_does_not_overtake_a_waiter() -> None:
+    pool = make_pool(1)
+    lease = pool.lease(1, "holder")
+    caller = Caller(pool, 1, "waiter")
+    lease.release()
+    # The slot is the waiter's from the release on, whether or not its thread has run since.
+    assert pool.try_lease(1, "late") is None
+    caller.join()
+
+
+def test_timeout_names_the_holders_and_leaves_the_queue() -> None:
+    pool = make_pool(1)
+    lease = pool.lease(100, "optimizer of layer 7")
+    with pytest.raises(RequestTimeoutError, match=r"'fetch'.*optimizer of layer 7 100 B"):
+        pool.lease(1, "fetch", timeout_s=0.0)
+    assert pool.num_waiting == 0
+    lease.release()
+    pool.lease(1, "fetch", timeout_s=0.0)
+
+
+def test_close_wakes_every_waiter() -> None:
+    pool = make_pool(1)
+    lease = pool.lease(1, "holder")
+    callers = [Caller(pool, 1, "waiter") for _ in range(3)]
+    pool.close()
+    for caller in callers:
+        caller.join()
+        assert isinstance(caller.error, StateError)
+    lease.release()
+    assert pool.num_waiting == 0
+
+
+def test_an_interrupted_waiter_passes_its_slot_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ctrl-C arrives while the main thread waits, after a slot was granted to it but before it took it.
+    pool = make_pool(1)
+    lease = pool.lease(1, "holder")
+
+    def interrupted(*_: object) -> bool:
+        lease.release()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool._changed, "wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.lease(1, "interrupted")
+    assert pool.num_waiting == 0
+    assert pool.try_lease(1, "next") is not None
+
+
+def test_slots_are_never_shared_under_threads(arena: Arena) -> None:
+    pool = arena.pool("slots", [PAGE, PAGE, 2 * PAGE])
+    barrier = threading.Barrier(6)
+    torn: list[int] = []
+
+    def work(mark: int) -> None:
+        barrier.wait(WAIT_S)
+        for turn in range(100):
+            with pool.lease(PAGE * (1 + turn % 2), f"thread {mark}") as lease:
+                view = arena.view(lease)
+                view[:] = bytes([mark]) * len(view)
+                if bytes(view) != bytes([mark]) * len(view):
+                    torn.append(mark)
+
+    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(1, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert torn == []
+    assert pool.in_use() == ()
+
+
+class PoolModel(RuleBasedStateMachine):
+    """Random leases and releases against a list of the ranges that are out."""
+
+    leases: Bundle[Lease] = Bundle("leases")
+
+    @initialize(pages=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    def build(self, pages: list[int]) -> None:
+        self.slots = [count * PAGE for count in pages]
+        self.region = Region("region", sum(self.slots) + PAGE)
+        partition = Partition(self.region)
+        partition.pool("before", [PAGE])
+        self.pool = partition.pool("pool", self.slots)
+        self.out: list[Lease] = []
+
+    @rule(target=leases, nbytes=st.integers(1, 6 * PAGE))
+    def lend(self, nbytes: int) -> object:
+        free = sorted(self.slots)
+        for lease in self.out:
+            free.remove(lease.capacity_nbytes)
+        if nbytes > max(self.slots):
+            with pytest.raises(CapacityError):
+                self.pool.try_lease(nbytes, "model")
+            return multiple()
+        lease = self.pool.try_lease(nbytes, "model")
+        fitting = [capacity for capacity in free if capacity >= nbytes]
+        if lease is None:
+            assert not fitting
+            return multiple()
+        assert lease.capacity_nbytes == fitting[0]
+        self.out.append(lease)
+        return lease
+
+    @rule(lease=consumes(leases))
+    def give_back(self, lease: Lease) -> None:
+        lease.release()
+        self.out.remove(lease)
+
+    @invariant()
+    def ranges_are_apart_and_inside(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        end = PAGE  # the pool before this one
+        for lease in sorted(self.out, key=lambda lease: lease.offset):
+            assert lease.offset >= end
+            assert lease.offset % PAGE == 0
+            assert lease.nbytes <= lease.capacity_nbytes
+            end = lease.offset + lease.capacity_nbytes
+        assert end <= self.region.nbytes
+        assert self.pool.used_nbytes == sum(lease.capacity_nbytes for lease in self.out)
+
+
+TestPoolModel = PoolModel.TestCase
+TestPoolModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+# Stack
+
+
+def test_stack_grows_and_shrinks_from_the_top(arena: Arena) -> None:
+    stack = arena.stack("activations", 4 * PAGE)
+    first, second = stack.push(1, "layer 0"), stack.push(PAGE + 1, "layer 1")
+    assert (first.offset, second.offset, stack.used_nbytes) == (0, PAGE, 3 * PAGE)
+    second.release()
+    assert stack.used_nbytes == PAGE
+    assert stack.push(1, "layer 1 again").offset == PAGE
+    assert stack.in_use() == (("layer 0", 1), ("layer 1 again", 1))
+    assert stack.high_water_nbytes == 3 * PAGE
+
+
+def test_stack_release_below_the_top_frees_when_the_top_goes(arena: Arena) -> None:
+    stack = arena.stack("activations", 3 * PAGE)
+    first, second, third = (stack.push(PAGE, f"layer {index}") for index in range(3))
+    second.release()
+    first.release()
+    assert stack.used_nbytes == 3 * PAGE
+    assert stack.in_use() == (("layer 2", PAGE),)
+    third.release()
+    assert stack.used_nbytes == 0
+
+
+def test_full_stack_is_refused_with_numbers_and_holders(arena: Arena) -> None:
+    stack = arena.stack("activations", 3 * PAGE)
+    stack.push(2 * PAGE, "layer 0")
+    with pytest.raises(
+        CapacityError, match=r"'layer 1' pushed 8\.0 KiB.*4\.0 KiB.*of 12\.0 KiB.*layer 0 8\.0 KiB"
+    ):
+        stack.push(PAGE + 1, "layer 1")
+    stack.push(PAGE, "layer 1")
+
+
+def test_stack_refuses_an_empty_push(arena: Arena) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        arena.stack("activations", PAGE).push(0, "layer 0")
+
+
+def test_stack_release_twice_raises(arena: Arena) -> None:
+    stack = arena.stack("activations", 2 * PAGE)
+    lease = stack.push(1, "layer 0")
+    lease.release()
+    with pytest.raises(StateError, match="released already"):
+        lease.release()
+
+
+# Poison
+
+
+def test_released_memory_is_poisoned_in_debug(monkeypatch: pytest.MonkeyPatch, budget: Budget) -> None:
+    monkeypatch.setenv("OFFLOAD_DEBUG", "1")
+    with Arena(budget, 4 * PAGE) as arena:
+        pool, stack = arena.pool("slots", [PAGE, PAGE]), arena.stack("stack", PAGE)
+        kept = pool.lease(PAGE, "kept")
+        arena.view(kept)[:] = b"\x01" * PAGE
+        for lease in (pool.lease(10, "pool"), stack.push(10, "stack")):
+            view = arena.view(lease)
+            view[:] = b"\x02" * 10
+            lease.release()
+            assert bytes(view) == bytes([POISON]) * 10
+        assert bytes(arena.view(kept)) == b"\x01" * PAGE
+
+
+def test_released_memory_is_left_alone_without_debug(monkeypatch: pytest.MonkeyPatch, budget: Budget) -> None:
+    monkeypatch.delenv("OFFLOAD_DEBUG", raising=False)
+    with Arena(budget, PAGE) as arena:
+        lease = arena.pool("slots", [PAGE]).lease(4, "a")
+        view = arena.view(lease)
+        view[:] = b"data"
+        lease.release()
+        assert bytes(view) == b"data"
