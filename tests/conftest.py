@@ -11,7 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import random
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from hypothesis import settings
 settings.register_profile("offload", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("offload")
 
+ROOT = Path(__file__).resolve().parents[1]
 SEED = 20
 
 
@@ -40,3 +43,17 @@ def cuda():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def run_python():
+    """Run source text in a fresh interpreter at the repository's root and return what it printed."""
+
+    def run(source: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
