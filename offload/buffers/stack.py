@@ -97,6 +97,7 @@ class Stack:
         free = self.nbytes - self._used_nbytes
         return (
             f"stack {self.name!r} of {self.region.name!r} is full: {holder!r} pushed "
-            f"{format_bytes(capacity)} ({capacity:,} bytes) but {format_bytes(free)} ({free:,} "
-            f"bytes) of {format_bytes(self.nbytes)} are free; held by: {names or 'nobody'}; give it more room, or use smaller micro-batches"
+            f"{format_bytes(capacity)} ({capacity:,} bytes) but {format_bytes(free)} ({free:,} bytes) of "
+            f"{format_bytes(self.nbytes)} are free; held by: {names or 'nobody'}; "
+            f"give it more room, or use smaller micro-batches"
         )
