@@ -31,7 +31,11 @@ Kernels KernelsFor(std::string_view isa) {
 std::string ChooseIsa(const char* wanted) {
   const std::string isa = wanted == nullptr ? "" : wanted;
   if (isa.empty() || isa == "auto") return SupportedIsas().front();
-  KernelsFor(isa);
+  try {
+    KernelsFor(isa);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(std::string("OFFLOAD_ADAM_ISA: ") + error.what());
+  }
   return isa;
 }
 
