@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,9 @@ COMMANDS = sorted(
     path.stem for path in (ROOT / "offload" / "cli").glob("*.py") if not path.stem.startswith("_")
 )
 
-# Directories of the README stand for the reader's own; the test puts temporary ones in their place.
-PLACEHOLDERS = ("/mnt/nvme0", "/mnt/nvme1", "/mnt/nvme")
+# Directories and budgets of the README stand for the reader's own; these fit a test.
+DRIVES = ("/mnt/nvme0", "/mnt/nvme1", "/mnt/nvme")
+BUDGETS = {"8GiB": "256MiB", "20GiB": "256MiB"}
 
 
 def name_of(path: Path) -> str:
@@ -64,10 +67,12 @@ def command_help(command: str) -> str:
 @pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
 def test_readme_snippet_runs(number, tmp_path, monkeypatch):
     source = blocks(README, "python")[number]
-    for placeholder in PLACEHOLDERS:
-        folder = tmp_path / Path(placeholder).name
+    for drive in DRIVES:
+        folder = tmp_path / Path(drive).name
         folder.mkdir()
-        source = source.replace(f'"{placeholder}"', repr(str(folder)))
+        source = source.replace(f'"{drive}"', repr(str(folder)))
+    for stated, small in BUDGETS.items():
+        source = source.replace(f'"{stated}"', f'"{small}"')
     monkeypatch.chdir(tmp_path)
     exec(compile(source, f"README.md, Python block {number}", "exec"), {"__name__": "readme"})
 
@@ -79,32 +84,33 @@ def test_command_is_described_and_helps(command):
     assert len(command_help(command)) > 100
 
 
-@pytest.mark.parametrize(
-    ("document", "words"), [line for line in shell_lines() if line[1][0] == "offload" and len(line[1]) > 1]
-)
+def each_line(*tools: str):
+    """Run a test once for each documented command line of one of `tools`."""
+    lines = [(document, words) for document, words in shell_lines() if Path(words[0]).name in tools]
+    ids = [f"{document}: {' '.join(words)}" for document, words in lines]
+    return pytest.mark.parametrize(("document", "words"), lines, ids=ids)
+
+
+@each_line("offload")
 def test_documented_command_line_exists(document, words):
     command = words[1]
     assert command in COMMANDS, f"{document}: there is no `offload {command}`"
     known = command_help(command)
     flags = {word.split("=")[0] for word in words[2:] if word.startswith("--")}
-    unknown = [flag for flag in flags if flag not in known and flag.replace("-", "_") not in known]
+    unknown = [flag for flag in flags if flag not in known and flag.replace("_", "-") not in known]
     assert not unknown, f"{document}: `offload {command}` has no {unknown}"
 
 
-@pytest.mark.parametrize(
-    ("document", "words"),
-    [line for line in shell_lines() if Path(line[1][0]).name in {"make", "python", "pip"}],
-)
-def test_documented_make_targets_files_and_packages_exist(document, words):
-    tool = Path(words[0]).name
-    arguments = [word for word in words[1:] if not word.startswith("-")]
-    if tool == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-        unknown = [word for word in arguments if "=" not in word and word not in targets]
-    else:
-        unknown = [
-            word for word in arguments if word.endswith((".py", ".txt")) and not (ROOT / word).exists()
-        ]
+@each_line("make")
+def test_documented_make_target_exists(document, words):
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    unknown = [word for word in words[1:] if "=" not in word and word not in targets]
+    assert not unknown, f"{document}: {' '.join(words)}: there is no target {unknown}"
+
+
+@each_line("python", "python3", "pip")
+def test_documented_file_exists(document, words):
+    unknown = [word for word in words[1:] if word.endswith((".py", ".txt")) and not (ROOT / word).exists()]
     assert not unknown, f"{document}: {' '.join(words)}: there is no {unknown}"
 
 
@@ -125,17 +131,44 @@ def test_readme_opens_with_the_two_commands():
     assert [line.split("#")[0].strip() for line in first] == ["make demo", "make test"]
 
 
+def direct_dependencies() -> set[str]:
+    """The names that pyproject.toml asks for, in every group."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = [
+        project["build-system"]["requires"],
+        project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"].values(),
+    ]
+    names = {re.match(r"[\w.-]+", requirement)[0] for group in groups for requirement in group}
+    return names - {"offload"}
+
+
 def test_dependencies_page_names_every_direct_dependency():
     page = (ROOT / "docs" / "dependencies.md").read_text()
-    project = (ROOT / "pyproject.toml").read_text()
-    names = re.findall(r'^    "([A-Za-z][\w.-]*)(?:[><=].*)?",$', project, flags=re.MULTILINE)
-    missing = [name for name in names if f"`{name}`" not in page]
-    assert names
+    missing = [name for name in direct_dependencies() if f"`{name}`" not in page]
     assert not missing, f"docs/dependencies.md says nothing of {missing}"
 
 
 def test_every_direct_dependency_is_pinned():
     pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
-    project = (ROOT / "pyproject.toml").read_text()
-    names = re.findall(r'^    "([A-Za-z][\w.-]*)(?:[><=].*)?",$', project, flags=re.MULTILINE)
-    assert not set(names) - set(pins)
+    missing = {name.lower() for name in direct_dependencies()} - {name.lower() for name in pins}
+    assert not missing, f"constraints.txt has no pin for {missing}"
+
+
+def test_readme_names_the_commands_that_make_runs():
+    recipe = (ROOT / "Makefile").read_text().replace("$(PIP)", ".venv/bin/python -m pip")
+    recipe = recipe.replace("$(BIN)", ".venv/bin").replace(" --quiet", "").replace(" $(ARGS)", "")
+    plain = blocks(README, "bash")[1].splitlines()
+    absent = [line for line in plain[1:] if line not in recipe]
+    assert not absent, f"the Makefile does not run {absent}"
+
+
+def test_design_page_lists_the_layers_in_their_order():
+    page = (ROOT / "docs" / "design.md").read_text()
+    source = ast.parse((ROOT / "tests" / "meta" / "test_layers.py").read_text())
+    layers = next(
+        ast.literal_eval(node.value)
+        for node in source.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
+    )
+    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == list(layers)

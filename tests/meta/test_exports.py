@@ -63,7 +63,7 @@ def test_all_equals_what_is_visible(name):
         return  # a package shows names of its modules
     visible = {public for public in defined_names(MODULES[name]) if not public.startswith("_")}
     assert visible == set(shown), (
-        f"{name}: {sorted(visible - set(shown))} look public but are not in __all__ (underscore or add them); "
+        f"{name}: {sorted(visible - set(shown))} are public but not in __all__ (underscore or add them); "
         f"{sorted(set(shown) - visible)} are in __all__ but defined elsewhere"
     )
 
