@@ -171,6 +171,16 @@ def test_declared_blocks_win_over_the_stacks_around_them() -> None:
     assert names(Declared(towers=towers)) == expected
 
 
+def test_gradient_checkpointing_layers_are_blocks() -> None:
+    class GradientCheckpointingLayer(Model):
+        pass
+
+    class Layer(GradientCheckpointingLayer):
+        pass
+
+    assert names(Model(only=Layer(mlp=nn.Linear(4, 4)), head=nn.Linear(4, 4))) == ["only", "head"]
+
+
 def test_elements_of_a_module_list_are_units() -> None:
     model = Model(embed=nn.Embedding(4, 4), layers=blocks(3), head=nn.Linear(4, 4))
     assert names(model) == ["embed", "layers.0", "layers.1", "layers.2", "head"]
@@ -274,6 +284,21 @@ def test_adapter_layer_outside_the_blocks_is_one_unit() -> None:
 def test_module_used_twice_is_one_unit() -> None:
     block = Block()
     assert names(Model(layers=nn.ModuleList([block, Other(), block]))) == ["layers.0", "layers.1"]
+
+
+def test_module_registered_in_two_places_is_one_unit() -> None:
+    shared = nn.Embedding(4, 4)
+    model = Model(shared=shared, encoder=Model(embed=shared, layers=blocks(2)))
+    assert names(model) == ["shared", "encoder.layers.0", "encoder.layers.1"]
+
+
+def test_plain_module_around_leaves_is_cut_into_them() -> None:
+    inner = Model(norm=nn.LayerNorm(4), project=nn.Linear(4, 4))
+    assert names(Model(inner=inner, head=nn.Linear(4, 4))) == ["inner.norm", "inner.project", "head"]
+
+
+def test_one_block_in_a_list_is_not_yet_a_stack() -> None:
+    assert names(Model(inner=Wrapped(layers=blocks(1)), head=nn.Linear(4, 4))) == ["inner", "head"]
 
 
 def test_modules_without_parameters_are_no_units() -> None:

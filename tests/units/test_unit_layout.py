@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from offload.errors import UnitError
 from offload.specs import ELEMENT_ALIGNMENT, TensorSpec
@@ -159,6 +160,25 @@ def test_parameters_side_by_side_in_one_buffer_are_accepted() -> None:
     assert len(find_units(model)) == 2
 
 
+def test_parameters_of_two_dtypes_in_one_buffer_are_compared_by_bytes() -> None:
+    flat = torch.zeros(32)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[0].weight = nn.Parameter(flat[16:].view(4, 4))
+    model[1].weight = nn.Parameter(flat.view(torch.bfloat16)[16:32].view(4, 4))
+    assert len(find_units(model)) == 2
+    model[1].weight = nn.Parameter(flat.view(torch.bfloat16)[32:48].view(4, 4))
+    with pytest.raises(UnitError, match="share memory"):
+        find_units(model)
+
+
+def test_empty_parameters_share_no_memory() -> None:
+    flat = torch.zeros(4)
+    model = nn.Sequential(nn.PReLU(), nn.PReLU())
+    for layer in model:
+        layer.weight = nn.Parameter(flat[:0])
+    assert len(find_units(model)) == 2
+
+
 def test_uninitialised_parameter_is_refused_by_name() -> None:
     with pytest.raises(UnitError, match=r"'1.weight' is uninitialised.*run one forward"):
         find_units(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)))
@@ -182,4 +202,12 @@ def test_sparse_parameter_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].weight = nn.Parameter(torch.eye(2).to_sparse())
     with pytest.raises(UnitError, match=r"'0.weight' is a Parameter of layout torch.sparse_coo"):
+        find_units(model)
+
+
+def test_wrapper_tensor_is_refused_by_name() -> None:
+    # Stands for DTensor and for torchao's quantised tensors, which are made the same way.
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].weight = nn.Parameter(TwoTensor(torch.eye(2), torch.eye(2)))
+    with pytest.raises(UnitError, match=r"'0.weight' is a .*give the model before it is quantised"):
         find_units(model)
