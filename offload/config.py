@@ -1,0 +1,254 @@
+"""The configuration of `offload finetune`: flat keys with Hugging Face's names, from YAML and flags.
+
+Owns the keys, their defaults and limits, the names that other tools use for them, and the messages
+for what is wrong. A flag wins over the file, the file over the default.
+
+Invariants: an unknown key is an error with the nearest known one; every message names the key, what
+was given, and where. A configuration is frozen once it is made.
+
+It opens no model, data or device: that a path exists is found out by who opens it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from .aio.engine import EngineName
+from .errors import ConfigError
+from .sizes import MIB, parse_bytes
+from .specs import RecordDType
+
+__all__ = ["ALIASES", "ELSEWHERE", "GROUPS", "FinetuneConfig", "load_config", "read_yaml", "suggest"]
+
+SchedulerName = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
+
+# What other tools call a key of ours. Each is taken and mapped, with one warning.
+ALIASES = {
+    "base_model": "model_name_or_path",
+    "dataset": "train_file",
+    "train_files": "train_file",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
+    "sequence_len": "max_length",
+    "nvme_path": "disk",
+}
+
+# Keys a user may expect and will not find: what happens instead.
+ELSEWHERE = {
+    "max_grad_norm": "gradients are not clipped: every unit is updated as soon as its gradient is ready",
+    "save_steps": "every step is committed, so a run resumes from its last step; there is nothing to set",
+    "resume_from_checkpoint": "the run in output_dir is resumed whenever there is one",
+    "gradient_checkpointing": "every unit is always recomputed in the backward pass",
+    "packing": "texts are always packed into rows of max_length tokens",
+    "bf16": "write compute_dtype: bfloat16",
+    "fp16": "float16 is not offered: write compute_dtype: bfloat16 or float32",
+    "optim": "the optimizer is AdamW",
+    "deepspeed": "offload moves the state by itself: set device_memory, host_memory and disk",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe YAML loader that refuses a key given twice instead of keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.MarkedYAMLError(None, None, f"{key} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | Path) else value
+
+
+def _none_if_negative(value: Any) -> Any:
+    # TrainingArguments says -1 for "not set".
+    return None if value in (-1, "-1") else value
+
+
+def _expand(value: Any) -> Any:
+    return Path(value).expanduser() if isinstance(value, str) else value
+
+
+def _print_size(nbytes: int | None) -> str | int | None:
+    return f"{nbytes // MIB}MiB" if nbytes and nbytes % MIB == 0 else nbytes
+
+
+Size = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(_print_size)]
+UserPath = Annotated[Path, BeforeValidator(_expand)]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# The first key of each group, for the help text.
+GROUPS = {
+    "model_name_or_path": "Model and data",
+    "learning_rate": "Training",
+    "device": "Where the bytes live",
+    "output_dir": "Output",
+}
+
+
+class FinetuneConfig(BaseModel):
+    """One run of `offload finetune`; the keys are those of TrainingArguments and SFTConfig."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    model_name_or_path: UserPath = Field(description="Local model directory: config.json and safetensors.")
+    train_file: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+        description="Text to learn: .txt or .md files, .jsonl with a 'text' field, directories or globs."
+    )
+    val_size: Annotated[float, Field(ge=0)] = Field(
+        0, description="Rows held out for evaluation; a fraction when below 1."
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        1024, description="Tokens of a row; texts are packed into rows."
+    )
+
+    learning_rate: Annotated[float, Field(ge=0)] = Field(5e-5, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: SchedulerName = Field("linear", description="Shape of the learning rate over the run.")
+    warmup_steps: Annotated[float, Field(ge=0)] = Field(
+        0, description="Steps of linear warm-up; a fraction of the run when below 1."
+    )
+    max_steps: Annotated[Positive | None, BeforeValidator(_none_if_negative)] = Field(
+        None, description="Optimizer steps; wins over num_train_epochs."
+    )
+    num_train_epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="Passes over the data.")
+    per_device_train_batch_size: Positive = Field(
+        1, description="Rows computed at once inside a unit (micro-batch)."
+    )
+    gradient_accumulation_steps: Positive = Field(
+        1, description="Micro-batches of a step; weights are read once per step whatever their number."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Decoupled weight decay; biases and norms have none."
+    )
+    adam_beta1: Fraction = Field(0.9, description="AdamW beta1.")
+    adam_beta2: Fraction = Field(0.999, description="AdamW beta2.")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW epsilon.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Seed of data order and dropout.")
+
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="Where to compute; a GPU when there is one."
+    )
+    device_memory: Size | None = Field(None, description="Bytes offload may hold on the device.")
+    host_memory: Size | None = Field(None, description="Bytes offload may hold in host memory.")
+    disk: Annotated[list[UserPath], BeforeValidator(_as_list)] = Field(
+        default=[], description="Directories for the state, one per drive; output_dir/state if none."
+    )
+    dtype: RecordDType = Field(
+        "bfloat16", description="How master weights are stored; exact fp32 either way."
+    )
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Dtype of the arithmetic; bfloat16 on a GPU, else float32."
+    )
+    io_engine: EngineName | None = Field(None, description="I/O engine; the fastest that works here.")
+
+    output_dir: UserPath = Field(description="Directory of the run; the model goes to output_dir/final.")
+    logging_steps: Positive = Field(10, description="Steps between report lines.")
+    eval_steps: Positive | None = Field(None, description="Steps between evaluations; else before and after.")
+    trace: UserPath | None = Field(None, description="Write a Chrome trace of the run to this file.")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that one optimizer step learns from."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def to_yaml(self) -> str:
+        """Return the configuration as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+
+def load_config(path: Path | None, flags: Mapping[str, Any]) -> FinetuneConfig:
+    """Merge a YAML file and flags into a configuration.
+
+    Args:
+        path: a flat YAML file, or None.
+        flags: key -> value as given on the command line; None values were not given.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown or given twice, or a value is wrong.
+    """
+    values = _map_names(read_yaml(path), str(path)) if path is not None else {}
+    values |= _map_names(
+        {key: value for key, value in flags.items() if value is not None}, "the command line"
+    )
+    try:
+        return FinetuneConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: the file cannot be read or is not a YAML mapping.
+    """
+    try:
+        values = _Loader(path.read_text(encoding="utf-8")).get_single_data()
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold 'key: value' lines, and holds a {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean ...?` with the nearest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _map_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    known = FinetuneConfig.model_fields
+    mapped: dict[str, Any] = {}
+    for given, value in values.items():
+        name = given.replace("-", "_")
+        if name in ELSEWHERE:
+            raise ConfigError(f"{given} in {where} is not a key of offload finetune: {ELSEWHERE[name]}")
+        if name in ALIASES:
+            logging.getLogger(__name__).warning("%s in %s is read as %s", given, where, ALIASES[name])
+            name = ALIASES[name]
+        if name not in known:
+            near = suggest(name, [*known, *ALIASES])
+            raise ConfigError(f"unknown key {given} in {where}{near or '; see offload finetune --help'}")
+        if name in mapped:
+            raise ConfigError(f"{name} is given twice in {where}, once as {given}")
+        mapped[name] = value
+    return mapped
+
+
+def _explain(problem: Any) -> str:
+    key = str(problem["loc"][0]) if problem["loc"] else "configuration"
+    if problem["type"] == "missing":
+        return f"{key} is missing: give it in the YAML file or as --{key}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    if reason.startswith("Input "):
+        reason = f"{problem['input']!r} {reason.removeprefix('Input ')}"
+    return f"{key}: {reason}"
