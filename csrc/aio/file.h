@@ -1,0 +1,91 @@
+// An open regular file: up to two descriptors on one inode, one buffered and one direct.
+#pragma once
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "aio/fd.h"
+
+namespace offload::aio {
+
+enum class Mode { kRead, kReadWrite, kCreate };
+
+// What a direct (O_DIRECT) transfer on a file must respect.
+struct DirectLimits {
+  bool usable = false;           // whether the file takes O_DIRECT at all
+  uint64_t offset_align = 4096;  // of file offset and length
+  uint64_t memory_align = 4096;  // of the buffer's address
+};
+
+// Thread-safe. Shared by the Python handle and the requests in flight; the descriptors close when
+// close() has seen the last Pin go, or with the object.
+class File {
+ public:
+  // Keeps the descriptors open while it lives. Move-only.
+  class Pin {
+   public:
+    // Throws StateError when the file is closed or this process is a fork of the one that opened
+    // it.
+    explicit Pin(std::shared_ptr<File> file);
+    Pin(Pin&&) noexcept = default;
+    Pin& operator=(Pin&&) = delete;
+    ~Pin() noexcept { release(); }
+
+    // Let go early. Harmless when repeated.
+    void release() noexcept;
+
+    const File& file() const noexcept { return *file_; }
+
+   private:
+    std::shared_ptr<File> file_;
+  };
+
+  // Open `path`, relative to `dir_fd` when that is not AT_FDCWD. Follows no symbolic link in the
+  // last component and takes regular files only. With `try_direct`, O_DIRECT is used where the file
+  // system accepts it. Throws IoError.
+  static std::shared_ptr<File> open(std::string path, Mode mode, int dir_fd, bool try_direct);
+
+  const std::string& path() const noexcept { return path_; }
+  bool writable() const noexcept { return writable_; }
+  const DirectLimits& limits() const noexcept { return limits_; }
+
+  // For holders of a Pin only.
+  int buffered_fd() const noexcept { return buffered_.get(); }
+  int direct_fd() const noexcept { return direct_.get(); }
+
+  // Stop further Pins, wait up to `timeout` for those alive, then close the descriptors. Returns
+  // whether it came that far; call again when not. Does nothing in a forked child.
+  bool close(std::chrono::nanoseconds timeout);
+
+ private:
+  File(std::string path, UniqueFd buffered, UniqueFd direct, DirectLimits limits, bool writable);
+
+  const std::string path_;
+  const bool writable_;
+  const DirectLimits limits_;
+  const pid_t owner_;
+  UniqueFd buffered_;
+  UniqueFd direct_;
+
+  std::mutex mutex_;
+  std::condition_variable unpinned_;
+  uint64_t num_pins_ = 0;
+  bool closed_ = false;
+};
+
+// The file's size now. Throws StateError when closed, IoError when fstat fails.
+uint64_t size_nbytes(const std::shared_ptr<File>& file);
+
+// Reserve space for the first `nbytes` (posix_fallocate). Blocks. Throws StateError, IoError.
+void allocate(const std::shared_ptr<File>& file, uint64_t nbytes);
+
+// Make completed writes durable (fdatasync). Blocks. Throws StateError, IoError.
+void sync(const std::shared_ptr<File>& file);
+
+}  // namespace offload::aio
