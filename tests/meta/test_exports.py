@@ -71,3 +71,14 @@ def test_all_equals_what_is_visible(name):
 def test_importing_the_storage_layers_leaves_torch_alone(run_python):
     out = run_python("import sys, offload.store, offload.aio; print('torch' in sys.modules)")
     assert out == "False"
+
+
+def test_no_module_hides_a_public_name(run_python):
+    """Importing `offload.x` sets the attribute `x` of the package, over a function of that name."""
+    hidden = run_python(
+        "import importlib, pkgutil, types, offload\n"
+        "for module in pkgutil.walk_packages(offload.__path__, 'offload.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "print([name for name in offload.__all__ if isinstance(getattr(offload, name), types.ModuleType)])"
+    )
+    assert hidden == "[]"
