@@ -129,7 +129,8 @@ class Arena:
         budget: charged with the size, rounded up to 4096 bytes, until `close`.
         nbytes: the size wanted, > 0.
         holder: who the budget is told holds it, and the name in messages.
-        on_release: called with each lease as it is released, before poison; may raise to refuse.
+        on_release: called with the arena and each lease as it is released, instead of poisoning; it
+            may raise to refuse.
 
     Raises:
         CapacityError: the budget has not that much left, or the operating system refuses.
@@ -142,7 +143,7 @@ class Arena:
         nbytes: int,
         holder: str = "arena",
         *,
-        on_release: Callable[[Lease], None] | None = None,
+        on_release: Callable[[Arena, Lease], None] | None = None,
     ) -> None:
         if nbytes <= 0:
             raise ValueError(f"arena {holder!r}: {nbytes} bytes; it needs at least one")
@@ -162,9 +163,8 @@ class Arena:
         self._pid = os.getpid()
         self._unpin: Callable[[], None] | None = None
         self._on_release = on_release
-        self._poisons = os.environ.get("OFFLOAD_DEBUG") == "1"
-        hooked = self._released if self._poisons or on_release is not None else None
-        self._partition = Partition(Region(holder, self.nbytes, hooked))
+        hooked = on_release is not None or os.environ.get("OFFLOAD_DEBUG") == "1"
+        self.partition = Partition(Region(holder, self.nbytes, self._released if hooked else None))
 
     @property
     def memory(self) -> memoryview:
@@ -192,15 +192,15 @@ class Arena:
     @property
     def free_nbytes(self) -> int:
         """Bytes not yet carved into pools and stacks."""
-        return self._partition.free_nbytes
+        return self.partition.free_nbytes
 
     def pool(self, name: str, slots: Sequence[int]) -> Pool:
         """Carve a pool; see `Partition.pool`."""
-        return self._partition.pool(name, slots)
+        return self.partition.pool(name, slots)
 
     def stack(self, name: str, nbytes: int) -> Stack:
         """Carve a stack; see `Partition.stack`."""
-        return self._partition.stack(name, nbytes)
+        return self.partition.stack(name, nbytes)
 
     def view(self, lease: Lease, offset: int = 0, nbytes: int | None = None) -> memoryview:
         """Return bytes [offset, offset + nbytes) of a lease, writable, valid until it is released.
@@ -215,9 +215,13 @@ class Arena:
             ValueError: the range is not within the lease.
         """
         size = lease.nbytes - offset if nbytes is None else nbytes
-        self._partition.require(lease, offset, size)
+        self.partition.require(lease, offset, size)
         start = lease.offset + offset
         return self.memory[start : start + size]
+
+    def poison(self, lease: Lease) -> None:
+        """Fill the bytes of a lease with `POISON`, so that a stale reader shows."""
+        ctypes.memset(self.address + lease.offset, POISON, lease.capacity_nbytes)
 
     def pin(self, unpin: Callable[[], None]) -> None:
         """Note that a driver registered the memory; `unpin` undoes it when the arena closes."""
@@ -231,7 +235,7 @@ class Arena:
         """
         if self._map is None:
             return
-        self._partition.close()
+        self.partition.close()
         if os.getpid() == self._pid:
             if self._unpin is not None:
                 self._unpin()
@@ -250,17 +254,13 @@ class Arena:
         self.close()
 
     def _released(self, lease: Lease) -> None:
+        # Leases may outlive the arena; its memory does not.
         if self._map is None:
             return
-        if self._on_release is not None:
-            self._on_release(lease)
-        if self._poisons:
-            self.poison(lease.offset, lease.capacity_nbytes)
-
-    def poison(self, offset: int, nbytes: int) -> None:
-        """Fill bytes with `POISON`, so that a stale reader shows."""
-        if self._map is not None:
-            ctypes.memset(self.address + offset, POISON, nbytes)
+        if self._on_release is None:
+            self.poison(lease)
+        else:
+            self._on_release(self, lease)
 
 
 def _map_pages(nbytes: int) -> mmap.mmap:
