@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from offload.config import load_config
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 README = ROOT / "README.md"
@@ -75,6 +77,13 @@ def test_readme_snippet_runs(number, tmp_path, monkeypatch):
         source = source.replace(f'"{stated}"', f'"{small}"')
     monkeypatch.chdir(tmp_path)
     exec(compile(source, f"README.md, Python block {number}", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("number", range(len(blocks(README, "yaml"))))
+def test_readme_configuration_is_accepted(number, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(blocks(README, "yaml")[number])
+    assert load_config(path, {}).learning_rate == 1e-5
 
 
 @pytest.mark.parametrize("command", COMMANDS)

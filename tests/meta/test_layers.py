@@ -47,7 +47,7 @@ LAYERS = (
     "shards",
     "checkpoint",  # runtime exports through it
     "runtime",
-    "attach",
+    "compose",
     "hf",
     "kv_cache",
     "experts",
