@@ -157,9 +157,12 @@ def test_declared_blocks_are_found_under_any_attribute() -> None:
 
 def test_declared_blocks_are_found_through_a_wrapper() -> None:
     class Inner(Model):
-        _no_split_modules = ("Other",)
+        _no_split_modules = ("Layer",)
 
-    assert names(Model(a=Inner(block=Other()), b=nn.Linear(4, 4))) == ["a.block", "b"]
+    class Layer(Model):
+        pass
+
+    assert names(Model(a=Inner(block=Layer(mlp=nn.Linear(4, 4))), b=nn.Linear(4, 4))) == ["a.block", "b"]
 
 
 def test_declared_blocks_win_over_the_stacks_around_them() -> None:
