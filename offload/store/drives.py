@@ -1,0 +1,209 @@
+"""The drives of a run: made and reserved for a new run, locked and recovered for an existing one.
+
+A failure leaves things as they were: `create_drives` removes what it made, `open_drives` releases what
+it locked. Opening never deletes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from uuid import UUID
+
+from ..aio.engine import Engine, File
+from ..errors import CorruptionError, DiskFullError, StorageError
+from ..sizes import format_bytes
+from . import files, manifests
+from .owner import Owner
+from .records import Manifest
+from .rundir import DATA_NAME, RunDirectory
+
+__all__ = ["Drive", "close_drives", "create_drives", "open_drives", "read_owners"]
+
+
+@dataclass(frozen=True, slots=True)
+class Drive:
+    """One drive of an open run.
+
+    Attributes:
+        folder: its run folder, locked.
+        file: its data file.
+        path: the data file's whole path, for messages.
+    """
+
+    folder: RunDirectory
+    file: File
+    path: str
+
+
+def create_drives(
+    directories: Sequence[str], manifest: Manifest, data: bytes, *, manifest_nbytes: int, engine: Engine
+) -> tuple[Drive, ...]:
+    """Make a run's folders and data files, reserve all their space, and publish its first manifest.
+
+    Args:
+        directories: one a drive, absolute.
+        manifest: generation 0.
+        data: its bytes.
+        manifest_nbytes: how long a manifest of the run can become, to keep room for.
+        engine: opens the data files.
+
+    Raises:
+        DiskFullError: not enough room, with the bytes needed and free; nothing is left behind.
+        StorageError: a directory is missing, unwritable, or not safe to use.
+    """
+    _check_room(directories, manifest.drive_nbytes, manifest_nbytes)
+    drives: list[Drive] = []
+    folders: list[RunDirectory] = []
+    try:
+        for index, directory in enumerate(directories):
+            folder = RunDirectory.create(directory, manifest.run_id)
+            folders.append(folder)
+            folder.acquire()
+            folder.write_owner(Owner(manifest.run_id, index, tuple(directories)))
+            path = folder.path_of(DATA_NAME)
+            drives.append(Drive(folder, engine.open(DATA_NAME, "x+", dir_fd=folder.fd), path))
+            if nbytes := manifest.drive_nbytes[index]:
+                _reserve(drives[-1], nbytes)
+            engine.sync(drives[-1].file)
+        manifests.stage(folders, 0, data)
+        manifests.publish(folders, 0)
+    except BaseException:
+        for drive in drives:
+            drive.file.close()
+        for folder in folders:
+            folder.remove()
+        raise
+    return tuple(drives)
+
+
+def open_drives(
+    directories: Sequence[str], run_id: UUID, *, engine: Engine
+) -> tuple[tuple[Drive, ...], manifests.Recovered]:
+    """Lock a run's folders, find its newest generation, and open its data files.
+
+    Args:
+        directories: where its folders lie, in any order.
+        run_id: the run.
+        engine: opens the data files.
+
+    Raises:
+        LockedError: a live process uses it.
+        StorageError: a drive is missing (named), a folder is not ours, or the format is too new.
+        CorruptionError: no valid manifest, or a data file that is not as long as it was made.
+    """
+    with ExitStack() as undo:
+        found = []
+        for directory in directories:
+            found.append(RunDirectory.open(directory, run_id))
+            undo.callback(found[-1].close)
+            found[-1].acquire()
+        folders = _in_order(found, read_owners(found))
+        recovered = manifests.find_newest(folders)
+        drives = []
+        if len(recovered.manifest.drive_nbytes) != len(folders):
+            raise CorruptionError(
+                f"the manifest of run {run_id} describes {len(recovered.manifest.drive_nbytes)} drives, its "
+                f"folders say {len(folders)}",
+                path=folders[0].path,
+            )
+        for folder, nbytes in zip(folders, recovered.manifest.drive_nbytes, strict=True):
+            path = folder.path_of(DATA_NAME)
+            drive = Drive(folder, engine.open(DATA_NAME, "r+", dir_fd=folder.fd), path)
+            undo.callback(drive.file.close)
+            drives.append(drive)
+            _check_data_file(drive, nbytes)
+        manifests.heal(folders, recovered)
+        undo.pop_all()
+    return tuple(drives), recovered
+
+
+def close_drives(drives: Sequence[Drive]) -> None:
+    """Close every data file, then release every folder."""
+    with ExitStack() as stack:
+        for drive in drives:
+            stack.callback(drive.folder.close)
+        for drive in drives:
+            stack.callback(drive.file.close)
+
+
+def read_owners(folders: Sequence[RunDirectory]) -> list[Owner]:
+    """Return the ownership file of each folder."""
+    return [folder.read_owner() for folder in folders]
+
+
+def _in_order(folders: Sequence[RunDirectory], owners: Sequence[Owner]) -> list[RunDirectory]:
+    """Return the folders by drive index, after checking that each drive is there once."""
+    by_drive: dict[int, RunDirectory] = {}
+    for folder, owner in zip(folders, owners, strict=True):
+        if owner.drive in by_drive:
+            raise StorageError(
+                f"{folder.path} and {by_drive[owner.drive].path} are both drive {owner.drive} of run "
+                f"{folder.run_id}; name each drive once, and not a copy",
+                path=folder.path,
+            )
+        by_drive[owner.drive] = folder
+    expected = owners[0].directories if owners else ()
+    for drive, directory in enumerate(expected):
+        if drive not in by_drive:
+            raise StorageError(
+                f"drive {drive} of the {len(expected)} of run {folders[0].run_id} is missing; when the run "
+                f"was created it was {directory}: mount it and name its directory too",
+                errno=errno.ENOENT,
+                path=directory,
+            )
+    if len(by_drive) != len(expected):
+        raise StorageError(f"the folders given do not belong to one run of {len(expected)} drives")
+    return [by_drive[drive] for drive in range(len(expected))]
+
+
+def _check_room(directories: Sequence[str], drive_nbytes: Sequence[int], manifest_nbytes: int) -> None:
+    """Refuse before anything is made; two directories may share one file system."""
+    needed: dict[int, int] = defaultdict(int)
+    for directory, nbytes in zip(directories, drive_nbytes, strict=True):
+        with files.storage_errors("use directory", directory):
+            device = os.stat(directory).st_dev
+            free = os.statvfs(directory)
+        # Three manifests: the last two and the one being written.
+        needed[device] += nbytes + 3 * manifest_nbytes
+        if needed[device] > free.f_bavail * free.f_frsize:
+            raise _full(directory, needed[device], free.f_bavail * free.f_frsize)
+
+
+def _reserve(drive: Drive, nbytes: int) -> None:
+    try:
+        drive.file.allocate(nbytes)
+    except DiskFullError as error:
+        free = os.fstatvfs(drive.folder.fd)
+        raise _full(drive.folder.directory, nbytes, free.f_bavail * free.f_frsize) from error
+
+
+def _full(directory: str, needed: int, free: int) -> DiskFullError:
+    return DiskFullError(
+        f"{directory} has {format_bytes(free)} free ({free:,} bytes) and the run needs "
+        f"{format_bytes(needed)} ({needed:,} bytes) there; free some space, use another directory, or "
+        "offload less",
+        errno=errno.ENOSPC,
+        path=directory,
+        asked_nbytes=needed,
+        got_nbytes=free,
+    )
+
+
+def _check_data_file(drive: Drive, nbytes: int) -> None:
+    with files.storage_errors("examine", drive.path):
+        status = os.stat(DATA_NAME, dir_fd=drive.folder.fd, follow_symlinks=False)
+    if status.st_nlink != 1 or status.st_uid != os.geteuid():
+        raise StorageError(
+            f"{drive.path} has a second name or another owner; it is not ours alone", path=drive.path
+        )
+    if drive.file.size_nbytes != nbytes:
+        raise CorruptionError(
+            f"{drive.path} has {drive.file.size_nbytes:,} bytes, the manifest says {nbytes:,}: it was cut or "
+            "replaced; restore it",
+            path=drive.path,
+        )

@@ -1,0 +1,455 @@
+"""The store: records on drives, written to shadow extents, committed as a whole, verified when read.
+
+Invariants:
+- A committed generation is never overwritten: the first write of a record after a commit goes to its
+  other extent, and the old one is free only when the next manifest is durable on every drive.
+- A manifest gets its final name only after every byte it describes was synced.
+- Every chunk is checksummed in the caller's buffer before it is written and verified when it is read.
+- All space is reserved before `create` returns.
+- A failed write poisons the generation being built until it is rolled back; a failed sync, or a commit
+  that stopped between its first rename and its last, poisons it until the run is opened again.
+
+Thread rule: `read`, `write` and their tickets may be used from any threads; transfers of the same bytes
+take place in the order they were asked for. `commit`, `rollback` and `close` are for one thread; a
+write during a commit is refused. No lock is held while waiting for a drive.
+
+The store does not own the engine, does not know what its records mean, and keeps no bytes in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from uuid import UUID, uuid4
+
+from ..aio.engine import Engine, Op
+from ..errors import DiskFullError, StateError
+from ..sizes import MIB
+from . import manifests
+from .drives import Drive, close_drives, create_drives, open_drives
+from .format import encode_manifest, max_manifest_nbytes
+from .framing import canonical_json
+from .records import Manifest, RecordSpec, first_manifest, stripes_of
+from .span import Span, Transfer
+from .table import Record, Version, describe_ranges
+from .ticket import Part, Piece, Ticket
+from .verify import VerifyReport, verify_run
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["PathLike", "Store"]
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Poison:
+    """Why the generation being built cannot be committed; `permanent` when a rollback does not help."""
+
+    reason: str
+    cause: BaseException | None = None
+    permanent: bool = False
+
+
+class Store:
+    """An open run; a context manager. Made by `create` or `open`.
+
+    >>> with Store.create([a, b], [RecordSpec("layer.0/weights", 8 << 20)], engine=engine) as store:
+    ...     store.write("layer.0/weights", buffer).wait()
+    ...     store.commit({"step": 1})
+    """
+
+    def __init__(self, drives: Sequence[Drive], recovered: manifests.Recovered, *, engine: Engine) -> None:
+        self._drives = tuple(drives)
+        self._engine = engine
+        self._base = recovered.manifest
+        self._parent = recovered.checksum
+        self._notes = recovered.notes
+        specs = [entry.spec for entry in self._base.records]
+        stripes = stripes_of(specs, self._base.chunk_nbytes, self._base.deal)
+        self._records = {
+            entry.spec.name: Record.from_entry(self._base.run_id, index, entry, stripe)
+            for index, (entry, stripe) in enumerate(zip(self._base.records, stripes, strict=True))
+        }
+        self._lock = threading.Lock()
+        self._committing = False
+        self._closed = False
+        self._poison: _Poison | None = None
+
+    @classmethod
+    def create(
+        cls,
+        directories: Sequence[PathLike],
+        records: Sequence[RecordSpec],
+        *,
+        engine: Engine,
+        run_id: str | None = None,
+        chunk_nbytes: int = 4 * MIB,
+        weights: Sequence[float] | None = None,
+        identity: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Self:
+        """Create a run, reserve all its space, and open it; generation 0, no record written.
+
+        Args:
+            directories: one a drive; each gets a folder `run-<uuid>`.
+            records: what to make room for.
+            engine: does the I/O; outlives the store.
+            run_id: a UUID; a random one when None.
+            chunk_nbytes: what one checksum covers and one drive gets at a time, a multiple of 4096.
+            weights: each drive's bandwidth in any unit; equal when None.
+            identity: JSON that says what the run is; kept in every manifest.
+
+        Raises:
+            ValueError: arguments that no run can have; nothing was made.
+            DiskFullError: no room, with the bytes needed and free; nothing is left behind.
+            StorageError: a directory is missing, unwritable, not safe, or has the run already.
+        """
+        manifest = first_manifest(
+            UUID(run_id) if run_id is not None else uuid4(),
+            records,
+            num_drives=len(directories),
+            chunk_nbytes=chunk_nbytes,
+            weights=weights,
+            identity=_as_json(identity, "the identity"),
+        )
+        data, checksum = encode_manifest(manifest)
+        drives = create_drives(
+            [os.path.abspath(directory) for directory in directories],
+            manifest,
+            data,
+            manifest_nbytes=max_manifest_nbytes(manifest, data),
+            engine=engine,
+        )
+        holders = frozenset(range(len(drives)))
+        return cls(drives, manifests.Recovered(manifest, checksum, data, holders, ()), engine=engine)
+
+    @classmethod
+    def open(cls, directories: Sequence[PathLike], *, engine: Engine, run_id: str) -> Self:
+        """Lock a run, recover its newest valid generation, and open it.
+
+        Args:
+            directories: the ones it was created in, or where those drives are mounted now, in any order.
+            engine: does the I/O; outlives the store.
+            run_id: which run.
+
+        Raises:
+            LockedError: a live process uses it; names its pid.
+            StorageError: a drive is missing (named), a folder is not ours, or the format is too new.
+            CorruptionError: no valid manifest, or a data file cut short.
+        """
+        paths = [os.path.abspath(directory) for directory in directories]
+        if not paths:
+            raise ValueError("name the directories of the run; got none")
+        drives, recovered = open_drives(paths, UUID(run_id), engine=engine)
+        return cls(drives, recovered, engine=engine)
+
+    @property
+    def run_id(self) -> str:
+        """The run's UUID."""
+        return str(self._base.run_id)
+
+    @property
+    def generation(self) -> int:
+        """The committed generation; 0 when nothing was committed yet."""
+        return self._base.generation
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What was given to the last commit, as JSON reads it back."""
+        return MappingProxyType(dict(self._base.state))
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What was given to `create`, as JSON reads it back."""
+        return MappingProxyType(dict(self._base.identity))
+
+    @property
+    def records(self) -> Mapping[str, RecordSpec]:
+        """The records by name, in table order."""
+        return {name: record.spec for name, record in self._records.items()}
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Length of a chunk: what offsets and lengths of reads and writes must be multiples of."""
+        return self._base.chunk_nbytes
+
+    @property
+    def nbytes_reserved(self) -> int:
+        """Space taken on all drives together."""
+        return sum(self._base.drive_nbytes)
+
+    @property
+    def recovery_notes(self) -> tuple[str, ...]:
+        """What was passed over to find the newest valid generation, one line each."""
+        return self._notes
+
+    def is_written(self, name: str) -> bool:
+        """Return whether every byte of a record can be read: committed, or written since."""
+        with self._lock:
+            record = self._record(name)
+            return record.committed is not None or (record.is_dirty and not record.missing())
+
+    def read(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
+        """Begin to read the newest bytes of a record: this generation's where written, else the committed.
+
+        Args:
+            name: the record.
+            buffer: writable and contiguous; filled from its start. It belongs to the ticket until that
+                was waited for.
+            offset: bytes from the record's start, a multiple of `chunk_nbytes`.
+            nbytes: a multiple of `chunk_nbytes`, or up to the record's end; None is up to the end.
+
+        Raises:
+            StateError: never written, the store is closed, or the record's writes failed.
+            ValueError: a range or buffer that does not fit.
+        """
+        span = Span.of(self._record(name), buffer, offset, nbytes)
+        if span.view.readonly:
+            raise ValueError(f"the buffer to read record {name} into is read-only")
+        with self._lock:
+            self._check_open()
+            sources = span.record.newest(span.first, span.end)
+            pieces = [Piece(version.extent, first, end) for version, first, end in sources]
+            ticket = Ticket(name, pieces, is_write=False)
+            earlier = span.record.claim(ticket)
+        with self._submitting(ticket, earlier) as parts:
+            self._check_sources(span.record, sources)
+            for version, first, end in sources:
+                self._submit("read", parts, span.transfers(version, first, end, verify=True))
+        return ticket
+
+    def write(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
+        """Checksum bytes of a record and begin to write them; the committed ones stay as they are.
+
+        A generation that writes any chunk of a record must write all of it before the commit.
+
+        Args:
+            name: the record.
+            buffer: contiguous; taken from its start. It must not change until the ticket was waited for.
+            offset: bytes from the record's start, a multiple of `chunk_nbytes`.
+            nbytes: a multiple of `chunk_nbytes`, or up to the record's end; None is up to the end.
+
+        Raises:
+            StateError: immutable and committed, a commit is in progress, poisoned, or closed.
+            ValueError: a range or buffer that does not fit.
+        """
+        span = Span.of(self._record(name), buffer, offset, nbytes)
+        with self._lock:
+            self._check_writable()
+            version = span.record.version_to_write(self._base.generation + 1)
+            piece = Piece(version.extent, span.first, span.end)
+            ticket = Ticket(name, [piece], is_write=True, on_failure=self._write_failed)
+            earlier = span.record.claim(ticket)
+        with self._submitting(ticket, earlier) as parts:
+            checksums = span.checksums(version.generation)
+            with self._lock:
+                version.put(span.first, checksums)
+            self._submit("write", parts, span.transfers(version, span.first, span.end, verify=False))
+        return ticket
+
+    def commit(self, state: Mapping[str, Any]) -> int:
+        """Make everything written since the last commit durable, as one new generation.
+
+        Waits for the writes, syncs the data files, publishes a manifest on every drive.
+
+        Args:
+            state: JSON to keep with the generation (step, random state, position in the data).
+
+        Returns:
+            The new generation's number.
+
+        Raises:
+            StateError: a record is partly written (names it and the chunks), or the generation is poisoned.
+            DiskFullError: no room for the manifest. Nothing is lost: make room and commit again.
+            StorageError: a sync or rename failed; the last generation stands, open the run again.
+            ValueError: `state` is not JSON, or too long.
+        """
+        state = _as_json(state, "the state")
+        with self._lock:
+            self._check_writable()
+            self._committing = True
+            writes = [
+                ticket
+                for record in self._records.values()
+                for ticket in record.in_flight()
+                if ticket.is_write
+            ]
+        try:
+            for ticket in writes:
+                ticket.settle()
+            with self._lock:
+                self._check_poison("be committed")
+                manifest = self._next_manifest(state)
+            data, checksum = encode_manifest(manifest)
+            self._make_durable(manifest.generation, data)
+            with self._lock:
+                self._base, self._parent = manifest, checksum
+                for record in self._records.values():
+                    record.commit()
+        finally:
+            self._committing = False
+        manifests.prune([drive.folder for drive in self._drives], manifest.generation)
+        return manifest.generation
+
+    def rollback(self) -> None:
+        """Forget everything written since the last commit; reads see the committed bytes again.
+
+        Waits for the writes in flight. It lifts the poison of a failed write, not that of a failed sync.
+        """
+        with self._lock:
+            self._check_open()
+            if self._committing:
+                raise StateError("a commit is in progress; roll back from the thread that commits")
+            tickets = [ticket for record in self._records.values() for ticket in record.in_flight()]
+        for ticket in tickets:
+            ticket.settle()
+        with self._lock:
+            for record in self._records.values():
+                record.pending = None
+            if self._poison is not None and not self._poison.permanent:
+                self._poison = None
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+        """Read everything again and check every checksum.
+
+        Args:
+            progress: called with bytes checked so far and in all, after each step.
+
+        Returns:
+            What was checked, and each damage found; it does not stop at the first.
+        """
+        written = [spec for name, spec in self.records.items() if self.is_written(name)]
+        return verify_run(self.read, written, self.chunk_nbytes, progress)
+
+    def close(self) -> None:
+        """Wait for transfers in flight, then release the run. Closing twice is harmless.
+
+        What was written since the last commit is forgotten.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            tickets = [ticket for record in self._records.values() for ticket in record.in_flight()]
+        try:
+            for ticket in tickets:
+                ticket.settle()
+        finally:
+            close_drives(self._drives)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _record(self, name: str) -> Record:
+        record = self._records.get(name)
+        if record is None:
+            raise StateError(f"run {self.run_id} has no record {name!r} among its {len(self._records)}")
+        return record
+
+    @contextmanager
+    def _submitting(self, ticket: Ticket, earlier: Sequence[Ticket]) -> Iterator[list[Part]]:
+        """Let earlier transfers of the same bytes end, then collect the parts that the block submits."""
+        parts: list[Part] = []
+        try:
+            for other in earlier:
+                other.settle()
+            yield parts
+        except BaseException as error:
+            ticket.abandon(parts, error)
+            raise
+        ticket.start(parts)
+
+    def _submit(self, op: Op, parts: list[Part], transfers: Iterable[Transfer]) -> None:
+        for transfer in transfers:
+            drive = self._drives[transfer.drive]
+            request = self._engine.submit(op, drive.file, transfer.view, transfer.offset_bytes)
+            parts.append(
+                Part(
+                    request, transfer.view, transfer.drive, drive.path, transfer.offset_bytes, transfer.checks
+                )
+            )
+
+    def _next_manifest(self, state: Mapping[str, Any]) -> Manifest:
+        for name, record in self._records.items():
+            if missing := record.missing():
+                raise StateError(
+                    f"record {name} is only partly written: chunks {describe_ranges(missing)} of "
+                    f"{record.stripe.num_chunks} are missing; write the whole record before the commit"
+                )
+        return replace(
+            self._base,
+            generation=self._base.generation + 1,
+            parent=self._parent,
+            records=tuple(record.next_entry() for record in self._records.values()),
+            state=state,
+        )
+
+    def _make_durable(self, generation: int, data: bytes) -> None:
+        """Sync the data, then publish the manifest; poisoned for good when it stops on the way.
+
+        A failed sync may have dropped what it should have written and cannot be tried again. After the
+        first rename the new generation may be found by the next opening, so its extents must not be
+        written any more. Only a manifest that found no room has changed nothing.
+        """
+        folders = [drive.folder for drive in self._drives]
+        has_room = True
+        try:
+            for drive in self._drives:
+                self._engine.sync(drive.file)
+            try:
+                manifests.stage(folders, generation, data)
+            except DiskFullError:
+                has_room = False
+                raise
+            manifests.publish(folders, generation)
+        except BaseException as error:
+            if has_room:
+                reason = f"the commit of generation {generation} did not complete: {error}"
+                self._poison = _Poison(reason, error, permanent=True)
+            raise
+
+    def _write_failed(self, error: BaseException) -> None:
+        # Without the lock: a ticket may report while the lock is held, and the first report is enough.
+        if self._poison is None:
+            self._poison = _Poison(f"a write failed: {error}", error)
+
+    def _check_sources(self, record: Record, sources: Sequence[tuple[Version, int, int]]) -> None:
+        with self._lock:
+            if any(version is record.pending for version, _, _ in sources):
+                self._check_poison(f"be read in record {record.spec.name}")
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if self._committing:
+            raise StateError(f"a commit of run {self.run_id} is in progress; write when it has returned")
+        self._check_poison("be continued")
+
+    def _check_poison(self, what: str) -> None:
+        if self._poison is not None:
+            cure = "close the run and open it again" if self._poison.permanent else "roll back"
+            raise StateError(
+                f"generation {self.generation + 1} cannot {what}, because {self._poison.reason}; generation "
+                f"{self.generation} is intact: {cure}"
+            ) from self._poison.cause
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateError(f"run {self.run_id} is closed")
+
+
+def _as_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return a copy of `value` that equals what a manifest of it reads back."""
+    copy: dict[str, Any] = json.loads(canonical_json(dict(value), what))
+    return copy
