@@ -53,6 +53,8 @@ LAYERS = (
     "experts",
     "config",
     "data",
+    "output",
+    "signals",
     "progress",
     "finetune",
     "generate",
