@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,38 @@ import torch
 
 from .errors import StateError
 
-__all__ = ["capture_rng", "restore_rng"]
+__all__ = ["DeviceRng", "capture_rng", "restore_rng"]
+
+
+class DeviceRng:
+    """The generators that a unit's dropout draws from: torch's on the CPU and on one device.
+
+    A unit's state before each micro-batch is kept from its forward to its recompute, in memory: 5 KB
+    on the CPU, 16 bytes on CUDA; taking it does not wait for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+
+    def get(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the present state."""
+        on_device = None if self._device is None else torch.cuda.get_rng_state(self._device)
+        return torch.get_rng_state(), on_device
+
+    def set(self, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        """Go back to a state that `get` returned."""
+        torch.set_rng_state(state[0])
+        if self._device is not None and state[1] is not None:
+            torch.cuda.set_rng_state(state[1], self._device)
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Restore on exit the state found on entry, so that a recompute draws nothing."""
+        state = self.get()
+        try:
+            yield
+        finally:
+            self.set(state)
 
 
 def capture_rng() -> dict[str, Any]:

@@ -1,0 +1,334 @@
+"""Builds a runtime for a model: the composition root, where every part is made and wired once.
+
+The order matters: cut the model, plan memory (and refuse before anything is touched), open the store,
+reserve memory, start the threads, fill the records from their source or recover them, and only then
+replace the model's parameters and take over its units.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .activations import Activations
+from .aio import open_engine
+from .buffers import Budget
+from .codec import RecordFormat
+from .device import Device, open_device
+from .errors import ConfigError, StateError
+from .gradients import Gradients
+from .masters import Masters
+from .optim import StreamedAdamW, default_param_groups
+from .optim.updater import Updater
+from .options import RuntimeOptions
+from .placeholders import placeholder, refuse_state_dict
+from .plan import MemoryPlan, plan_memory
+from .records import RecordSet, record_sets, store_records
+from .residents import ResidentRecords
+from .rng import DeviceRng, capture_rng, restore_rng
+from .runtime import Parts, Progress, Runtime
+from .schedule import Schedule, completion_order
+from .sizes import MIB
+from .sources import ModuleSource, WeightSource
+from .specs import Tier
+from .store import Store
+from .stream import StreamedUnit
+from .trace import Tracer
+from .transfer import Transfer
+from .units import Unit, find_units
+
+__all__ = ["attach"]
+
+# What saved inputs get at least when the user does not say: enough for 8 units of 2 x 256 x 1024 fp32.
+DEFAULT_ACTIVATIONS_NBYTES = 16 * MIB
+
+OnProgress = Callable[[str, int, int], None]
+
+
+def attach(
+    model: torch.nn.Module,
+    options: RuntimeOptions | None = None,
+    *,
+    source: WeightSource | None = None,
+    param_groups: Iterable[dict[str, Any]] | None = None,
+    trace: Tracer | None = None,
+    on_progress: OnProgress | None = None,
+    **settings: Any,
+) -> Runtime:
+    """Attach `model` to the tiers: its weights and optimizer state leave it, its calls are streamed.
+
+    Afterwards an ordinary loop trains it: `loss = model(...)`, `loss.backward()`, `runtime.step()`.
+    Parameters become placeholders on the meta device; buffers stay.
+
+    Args:
+        model: parameters in memory, or on the meta device together with a `source`.
+        options: how; or pass its fields as keyword arguments (sizes may be text, `"8GiB"`).
+        source: initial values; the model's own parameters when None. Not read on a resume.
+        param_groups: groups of (name, parameter) pairs with `lr`, `betas`, `eps`, `weight_decay`;
+            weights with decay and norms and biases without when None.
+        trace: records spans and counters; one that only counts when None.
+        on_progress: called with (unit, bytes done, bytes in all) while records are filled.
+
+    Returns:
+        The runtime. Close it, or use it as a context manager.
+
+    Raises:
+        UnitError: the model cannot be cut into units.
+        CapacityError: the budgets are too small, with the numbers; nothing was touched.
+        StorageError: a directory cannot be used, or the drives have too little room.
+
+    >>> import torch, offload
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
+    >>> with offload.attach(model, device="cpu", host_memory="64MiB", device_memory="64MiB") as runtime:
+    ...     model(torch.ones(2, 8)).sum().backward()
+    ...     runtime.step()
+    """
+    chosen = _resolve(options, settings)
+    tracer = trace or Tracer(enabled=False)
+    units = find_units(model)
+    record_format = RecordFormat(chosen.dtype, chosen.chunk_numel)
+    records = record_sets((unit.layout for unit in units), record_format, chosen.torch_compute_dtype)
+    schedule = Schedule(tuple(unit.name for unit in units), {unit.name: unit.records for unit in units})
+    trains = {unit.name: _trained_owners(unit) for unit in units}
+    plan = _plan(chosen, schedule, records, trains)
+    groups = list(param_groups) if param_groups is not None else _default_groups(model, chosen)
+    with contextlib.ExitStack() as undo:
+        parts, progress = _build(model, chosen, units, records, plan, schedule, trains, tracer, undo)
+        state: Mapping[str, Any] = {}
+        if chosen.resume:
+            state = _recover(parts, progress)
+        else:
+            _fill(parts, source or ModuleSource(dict(model.named_parameters())), on_progress)
+            progress.committed(0, 0 if parts.store is None else parts.store.generation)
+        runtime = Runtime(parts, progress, state)
+        undo.callback(runtime.close)
+        _take_over(model, runtime, parts, groups)
+        undo.pop_all()
+        return runtime
+
+
+def _resolve(options: RuntimeOptions | None, settings: Mapping[str, Any]) -> RuntimeOptions:
+    if options is None:
+        return RuntimeOptions.parse(settings)
+    if settings:
+        raise ConfigError(f"give options or keyword arguments, not both: {', '.join(settings)}")
+    return options
+
+
+def _trained_owners(unit: Unit) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(binding.owner for binding in unit.bindings if binding.trainable))
+
+
+def _default_groups(model: torch.nn.Module, options: RuntimeOptions) -> list[dict[str, Any]]:
+    return default_param_groups(model.named_parameters(), options.optimizer.weight_decay)
+
+
+def _plan(
+    options: RuntimeOptions,
+    schedule: Schedule,
+    records: Mapping[str, RecordSet],
+    trains: Mapping[str, tuple[str, ...]],
+) -> MemoryPlan:
+    compute = options.torch_compute_dtype
+    wide = options.rows is not None and compute is not torch.float32
+    return plan_memory(
+        schedule,
+        records,
+        trains=trains,
+        home=options.resolved_home,
+        host_limit_nbytes=options.host_memory,
+        device_limit_nbytes=options.device_memory,
+        gradient_itemsize=4 if wide else compute.itemsize,
+        micro_gradients=wide,
+        activations_nbytes=options.activations_nbytes or DEFAULT_ACTIVATIONS_NBYTES,
+        fill_activations=options.activations_nbytes is None,
+    )
+
+
+def _build(
+    model: torch.nn.Module,
+    options: RuntimeOptions,
+    units: tuple[Unit, ...],
+    records: Mapping[str, RecordSet],
+    plan: MemoryPlan,
+    schedule: Schedule,
+    trains: Mapping[str, tuple[str, ...]],
+    trace: Tracer,
+    undo: contextlib.ExitStack,
+) -> tuple[Parts, Progress]:
+    closers: list[Any] = []
+
+    def own(part: Any) -> Any:
+        closers.append(part)
+        undo.callback(part.close)
+        return part
+
+    device: Device = own(open_device(options.device, device_memory=options.device_memory))
+    store = _open_store(options, records, own)
+    host_budget = Budget(Tier.HOST, options.host_memory)
+    host = own(device.host_arena(host_budget, plan.host_nbytes))
+    device_arena = own(device.arena(plan.device_nbytes))
+    residents = ResidentRecords(host, records) if plan.home is not Tier.DISK else None
+    host_weights = host.pool("weights", plan.host_weights) if plan.host_weights else None
+    host_gradients = host.pool("gradients", plan.host_gradients)
+    staging = host.pool("optimizer chunks", plan.staging) if plan.staging else None
+    stack = host.stack("saved inputs", plan.activations_nbytes)
+    transfer = Transfer(
+        schedule=schedule,
+        records=records,
+        window=plan.window,
+        device=device,
+        host=host,
+        host_pool=host_weights,
+        device_arena=device_arena,
+        device_pool=device_arena.pool("weights", plan.device_weights),
+        store=store,
+        residents=residents,
+        keep_on_device=plan.home is Tier.DEVICE,
+        trace=trace,
+    )
+    undo.callback(transfer.close)
+    progress = Progress(0 if store is None else _step_of(store), 0 if store is None else store.generation)
+    updater = Updater(
+        records=records,
+        host=host,
+        staging=staging,
+        store=store,
+        residents=residents,
+        num_threads=options.optimizer.num_threads or max(1, torch.get_num_threads() // 2),
+        on_updated=transfer.end_update,
+        on_committed=progress.committed,
+        on_error=transfer.fail,
+        trace=trace,
+    )
+    undo.callback(updater.close)
+    updater.expect(completion_order(schedule.order, trains))
+    gradients = Gradients(
+        records=records,
+        device=device,
+        host=host,
+        host_pool=host_gradients,
+        device_arena=device_arena,
+        device_pool=device_arena.pool("gradients", plan.device_gradients),
+        sum_micro_batches=options.rows is not None and options.torch_compute_dtype is not torch.float32,
+        trace=trace,
+    )
+    parts = Parts(
+        model=model,
+        options=options,
+        units=units,
+        records=records,
+        plan=plan,
+        schedule=schedule,
+        transfer=transfer,
+        gradients=gradients,
+        activations=Activations(device, host, stack, trace),
+        updater=updater,
+        masters=Masters(host=host, host_pool=host_weights, staging=staging, store=store, residents=residents),
+        store=store,
+        residents=residents,
+        host_budget=host_budget,
+        device_budget=device.budget,
+        rng=DeviceRng(device.torch_device),
+        trace=trace,
+        closers=closers,
+    )
+    return parts, progress
+
+
+def _open_store(
+    options: RuntimeOptions, records: Mapping[str, RecordSet], own: Callable[[Any], Any]
+) -> Store | None:
+    if not options.disk:
+        return None
+    engine = own(open_engine(options.io_engine, queue_depth=options.queue_depth))
+    specs = store_records(records)
+    store: Store
+    if options.resume:
+        assert options.run_id is not None
+        store = own(Store.open(options.disk, engine=engine, run_id=options.run_id))
+        _check_same_records(store, records)
+    else:
+        store = own(
+            Store.create(
+                options.disk,
+                specs,
+                engine=engine,
+                run_id=options.run_id,
+                chunk_nbytes=options.chunk_nbytes,
+                identity={"dtype": options.dtype, "chunk_numel": options.chunk_numel},
+            )
+        )
+    return store
+
+
+def _check_same_records(store: Store, records: Mapping[str, RecordSet]) -> None:
+    wanted = {spec.name: spec.nbytes for spec in store_records(records)}
+    found = {name: spec.nbytes for name, spec in store.records.items()}
+    if wanted != found:
+        differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        name = differing[0]
+        raise ConfigError(
+            f"run {store.run_id} is of another model or format: {len(differing)} records differ, the first"
+            f" is {name!r} with {found.get(name, 'no')} bytes in the run and {wanted.get(name, 'no')} here;"
+            " resume with the model, dtype and chunk_numel it began with"
+        )
+
+
+def _step_of(store: Store) -> int:
+    step = store.state.get("step", 0)
+    assert isinstance(step, int)
+    return step
+
+
+def _recover(parts: Parts, progress: Progress) -> Mapping[str, Any]:
+    store = parts.store
+    assert store is not None
+    if store.generation == 0:
+        raise StateError(
+            f"run {store.run_id} was never committed: its first import did not finish; start it anew"
+        )
+    if parts.residents is not None:
+        parts.masters.load_residents(parts.records)
+    restore_rng(store.state["rng"])
+    user = store.state["user"]
+    assert isinstance(user, Mapping)
+    return user
+
+
+def _fill(parts: Parts, source: WeightSource, on_progress: OnProgress | None) -> None:
+    total = sum(unit.host_nbytes + unit.optimizer_nbytes for unit in parts.records.values())
+    done = 0
+    for owner, unit in parts.records.items():
+        parts.masters.write(unit, source)
+        done += unit.host_nbytes + unit.optimizer_nbytes
+        if on_progress is not None:
+            on_progress(owner, done, total)
+    if parts.store is not None:
+        if parts.residents is not None:
+            parts.residents.flush(parts.store)
+        parts.store.commit({"step": 0, "rng": capture_rng(), "user": {}})
+
+
+def _take_over(model: torch.nn.Module, runtime: Runtime, parts: Parts, groups: list[dict[str, Any]]) -> None:
+    placed: dict[int, torch.nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        placed.setdefault(id(parameter), placeholder(parameter))
+        prefix, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(prefix), leaf, placed[id(parameter)])
+    by_name = dict(model.named_parameters())
+    named_groups = [
+        {**group, "params": [(name, by_name[name]) for name, _ in group["params"]]} for group in groups
+    ]
+    streamed = {
+        unit.name: StreamedUnit(unit, model.get_submodule(unit.name), parts.records, runtime)
+        for unit in parts.units
+    }
+    hooks = [
+        unit.module.register_state_dict_pre_hook(refuse_state_dict)  # type: ignore[no-untyped-call]
+        for unit in streamed.values()
+    ]
+    runtime.install(StreamedAdamW(named_groups, runtime.step, parts.options.optimizer), streamed, hooks)

@@ -1,0 +1,130 @@
+"""What a user chooses about a run, checked at construction. No behaviour."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .aio import EngineName
+from .errors import ConfigError
+from .optim import AdamWOptions
+from .sizes import GIB, MIB, format_bytes, parse_bytes
+from .specs import RecordDType, Tier
+
+__all__ = ["ComputeDType", "RuntimeOptions"]
+
+ComputeDType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions:
+    """How a model is attached.
+
+    Attributes:
+        disk: directories on the drives that hold the state, one a drive. Empty: no disk, and nothing
+            survives the process.
+        home: where records rest between uses: `DISK` where there is one, `HOST`, or `DEVICE`
+            (weights on the device, optimizer records in host memory). With a disk and another home,
+            commits write what changed to the disk.
+        host_memory: budget in bytes for all host buffers.
+        device_memory: budget in bytes for all device buffers, activations included.
+        device: `cpu` (a stand-in with a budget of its own), `cuda`, `cuda:1`; None takes CUDA if
+            there is one.
+        dtype: how trainable weights are stored. `bfloat16` keeps exact fp32 masters too, as high
+            halves and residuals; the forward then computes with the high halves. `float32` computes
+            with the masters themselves.
+        compute_dtype: what units compute in. `float32` by default: many CPUs have no bf16 arithmetic.
+        rows: rows of a micro-batch inside a unit; None runs a step's batch at once.
+        optimizer: AdamW's settings. Its `num_threads` is half of torch's number when None, since the
+            other half computes meanwhile.
+        run_id: the run to create or resume; a new one when None.
+        resume: open the newest committed generation of `run_id` instead of creating the run.
+        save_steps: steps between commits. With everything on disk a commit costs milliseconds.
+        io_engine: `uring`, `threads` or `portable`; None takes the first that works.
+        queue_depth: I/O segments in flight at most.
+        chunk_nbytes: bytes of a store chunk, the unit of striping and checksums.
+        chunk_numel: elements of an optimizer chunk, the unit of an update's pipeline.
+        activations_nbytes: host bytes for saved unit inputs; None takes what the slots leave of the
+            budget, at least 16 MiB.
+    """
+
+    disk: Sequence[Path | str] = ()
+    home: Tier | None = None
+    host_memory: int = 8 * GIB
+    device_memory: int = 8 * GIB
+    device: str | None = None
+    dtype: RecordDType = "bfloat16"
+    compute_dtype: ComputeDType = "float32"
+    rows: int | None = None
+    optimizer: AdamWOptions = field(default_factory=AdamWOptions)
+    run_id: str | None = None
+    resume: bool = False
+    save_steps: int = 1
+    io_engine: EngineName | None = None
+    queue_depth: int = 32
+    chunk_nbytes: int = 4 * MIB
+    chunk_numel: int = 1 << 21
+    activations_nbytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.home is Tier.DISK and not self.disk:
+            raise ConfigError("home is the disk, but no directory was given: set disk=[...]")
+        if self.resume and (not self.disk or self.run_id is None):
+            raise ConfigError("resume needs the run's id and its directories: set run_id and disk")
+        for name in ("host_memory", "device_memory", "queue_depth", "save_steps"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.rows is not None and self.rows <= 0:
+            raise ConfigError(f"rows must be positive or None, got {self.rows}")
+        if self.chunk_nbytes <= 0 or self.chunk_nbytes % 4096:
+            raise ConfigError(f"chunk_nbytes must be a multiple of 4096, got {self.chunk_nbytes}")
+        itemsize = 10 if self.dtype == "bfloat16" else 8
+        if self.chunk_numel * itemsize % self.chunk_nbytes:
+            nbytes = format_bytes(self.chunk_numel * itemsize)
+            raise ConfigError(
+                f"an optimizer chunk of {self.chunk_numel} elements ({nbytes}) is not a whole number of"
+                f" store chunks of {format_bytes(self.chunk_nbytes)}"
+            )
+
+    @classmethod
+    def parse(cls, settings: Mapping[str, Any]) -> RuntimeOptions:
+        """Return options from keyword arguments as people write them: sizes as text, tiers as words.
+
+        Raises:
+            ConfigError: an unknown name, with the nearest known one, or a value that is not one.
+        """
+        known = {item.name for item in fields(cls)}
+        for name in settings:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"attach() has no option {name!r}{hint}")
+        values = dict(settings)
+        try:
+            for name in ("host_memory", "device_memory", "chunk_nbytes", "activations_nbytes"):
+                if isinstance(values.get(name), str):
+                    values[name] = parse_bytes(values[name])
+            if isinstance(values.get("home"), str):
+                values["home"] = Tier(values["home"])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if isinstance(values.get("disk"), (str, Path)):
+            values["disk"] = (values["disk"],)
+        return cls(**values)
+
+    @property
+    def resolved_home(self) -> Tier:
+        """The home in force: the disk when there is one and nothing else was asked for."""
+        if self.home is not None:
+            return self.home
+        return Tier.DISK if self.disk else Tier.DEVICE
+
+    @property
+    def torch_compute_dtype(self) -> torch.dtype:
+        """`compute_dtype` as torch names it."""
+        return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16

@@ -1,0 +1,257 @@
+"""How much memory each part of the runtime gets: a pure function from sizes and budgets to slots.
+
+The plan is made once, before anything runs. It tries deeper windows first and settles for shallower
+ones; when the shallowest does not fit, it refuses with the numbers. The slots it returns are all the
+memory that streaming uses, so a run that was planned cannot run out later.
+
+[Note: slots and progress] Slots are sized by `window_slots`: any `n` neighbouring visits fit one
+record to a slot. Records are fetched in the order of their use and a visit waits only for records
+whose slots are held by earlier visits, which end without it; so the smallest plan makes progress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+
+from .codec import OptimizerChunk
+from .errors import CapacityError
+from .records import RecordSet
+from .schedule import Pass, Phase, Schedule, window_slots
+from .sizes import align_down, align_up, format_bytes
+from .specs import Tier
+
+__all__ = ["MemoryPlan", "plan_memory"]
+
+SLOT_ALIGNMENT_NBYTES = 4096
+
+# Depths tried, deepest first. Three visits ahead hide a fetch behind the visits before it even when
+# units alternate between large and small; more only costs memory. Two updates in flight let one be
+# written while the next computes.
+WINDOWS = (3, 2, 1)
+UPDATES_IN_FLIGHT = (2, 1)
+STAGING_SLOTS = (4, 3, 2)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The slots of every pool, in bytes, and the depths they allow.
+
+    Attributes:
+        home: where the records rest between uses.
+        window: visits fetched ahead of the one that runs.
+        updates_in_flight: units whose update may be pending while backward goes on.
+        host_weights: slots for weights and frozen records on their way to the device.
+        host_gradients: slots for gradients waiting for their update.
+        staging: slots for chunks of optimizer records.
+        host_resident_nbytes: records that live in host memory for the whole run.
+        activations_nbytes: what is left of the host budget for saved unit inputs.
+        device_weights: slots for weights in the compute dtype.
+        device_gradients: slots for gradients of the unit in backward.
+        device_reserve_nbytes: device bytes left to the framework for activations and temporaries.
+    """
+
+    home: Tier
+    window: int
+    updates_in_flight: int
+    host_weights: tuple[int, ...]
+    host_gradients: tuple[int, ...]
+    staging: tuple[int, ...]
+    host_resident_nbytes: int
+    activations_nbytes: int
+    device_weights: tuple[int, ...]
+    device_gradients: tuple[int, ...]
+    device_reserve_nbytes: int
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the host arena."""
+        slots = (*self.host_weights, *self.host_gradients, *self.staging)
+        return _total(slots) + self.host_resident_nbytes + self.activations_nbytes
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes of the device arena; the reserve is not part of it."""
+        return _total((*self.device_weights, *self.device_gradients))
+
+
+def plan_memory(
+    schedule: Schedule,
+    records: Mapping[str, RecordSet],
+    *,
+    trains: Mapping[str, tuple[str, ...]],
+    home: Tier,
+    host_limit_nbytes: int,
+    device_limit_nbytes: int,
+    gradient_itemsize: int,
+    micro_gradients: bool,
+    activations_nbytes: int,
+    fill_activations: bool = False,
+) -> MemoryPlan:
+    """Return the deepest plan that fits both budgets.
+
+    Args:
+        schedule: the predicted order.
+        records: the records by owner.
+        trains: for each unit, the owners whose gradients its backward adds to.
+        home: where records rest; `DEVICE` keeps the optimizer records in host memory.
+        host_limit_nbytes: the host budget.
+        device_limit_nbytes: the device budget.
+        gradient_itemsize: bytes of one gradient element as it crosses to the host.
+        micro_gradients: whether micro-batches are summed in a second, wider device buffer.
+        activations_nbytes: bytes for saved inputs.
+        fill_activations: give saved inputs what is left of the host budget as well.
+
+    Raises:
+        CapacityError: not even the smallest plan fits.
+    """
+    reserve = _device_reserve(records)
+    smallest: MemoryPlan | None = None
+    for window, updates, staging in _depths(home):
+        plan = _plan_at(
+            schedule,
+            records,
+            trains=trains,
+            home=home,
+            window=window,
+            updates=updates,
+            staging=staging,
+            gradient_itemsize=gradient_itemsize,
+            micro_gradients=micro_gradients,
+            activations_nbytes=activations_nbytes,
+            reserve=reserve,
+        )
+        if plan.host_nbytes <= host_limit_nbytes and plan.device_nbytes + reserve <= device_limit_nbytes:
+            if not fill_activations:
+                return plan
+            rest = align_down(host_limit_nbytes - plan.host_nbytes, SLOT_ALIGNMENT_NBYTES)
+            return replace(plan, activations_nbytes=plan.activations_nbytes + rest)
+        smallest = plan
+    assert smallest is not None
+    raise CapacityError(_refusal(smallest, host_limit_nbytes, device_limit_nbytes))
+
+
+def _depths(home: Tier) -> Iterator[tuple[int, int, int]]:
+    windows = WINDOWS if home is not Tier.DEVICE else (0,)
+    staging = STAGING_SLOTS if home is Tier.DISK else (0,)
+    return product(windows, UPDATES_IN_FLIGHT, staging)
+
+
+def _plan_at(
+    schedule: Schedule,
+    records: Mapping[str, RecordSet],
+    *,
+    trains: Mapping[str, tuple[str, ...]],
+    home: Tier,
+    window: int,
+    updates: int,
+    staging: int,
+    gradient_itemsize: int,
+    micro_gradients: bool,
+    activations_nbytes: int,
+    reserve: int,
+) -> MemoryPlan:
+    visits = schedule.visits(Pass.TRAIN)
+    needs = [schedule.needs[visit.unit] for visit in visits]
+    backward = [trains[visit.unit] for visit in visits if visit.phase is Phase.BACKWARD]
+    gradient = {owner: records[owner].layout.trainable_numel * gradient_itemsize for owner in records}
+    # On the device a gradient is fp32 when micro-batches are summed, and has the compute dtype otherwise.
+    accumulated = {
+        owner: unit.layout.trainable_numel * (4 if micro_gradients else unit.compute_dtype.itemsize)
+        + (unit.layout.trainable_numel * unit.compute_dtype.itemsize if micro_gradients else 0)
+        for owner, unit in records.items()
+    }
+    # A gradient that several units add to waits on the host from the first of them to the last.
+    shared = sorted(gradient[owner] for owner in _shared_owners(backward))
+    host_weights = window_slots(
+        [{owner: records[owner].host_nbytes for owner in owners} for owners in needs], window + 1 + updates
+    )
+    device_weights = window_slots(
+        [{owner: records[owner].device_nbytes for owner in owners} for owners in needs], window + 1
+    )
+    host_gradients = (*window_slots(_sizes(gradient, backward), updates), *shared)
+    chunk_nbytes = max(
+        (chunk.nbytes for unit in records.values() for chunk in _first_chunks(unit)),
+        default=0,
+    )
+    resident = 0
+    if home is not Tier.DISK:
+        resident = sum(align_up(unit.host_nbytes, 4096) + unit.optimizer_nbytes for unit in records.values())
+        host_weights = ()
+    if home is Tier.DEVICE:
+        device_weights = tuple(unit.device_nbytes for unit in records.values())
+    return MemoryPlan(
+        home=home,
+        window=window,
+        updates_in_flight=updates,
+        host_weights=_rounded(host_weights),
+        host_gradients=_rounded(host_gradients),
+        staging=_rounded((chunk_nbytes,) * staging),
+        host_resident_nbytes=resident,
+        activations_nbytes=align_up(activations_nbytes, SLOT_ALIGNMENT_NBYTES),
+        device_weights=_rounded(device_weights),
+        device_gradients=_rounded(window_slots(_sizes(accumulated, backward), 1)),
+        device_reserve_nbytes=reserve,
+    )
+
+
+def _sizes(nbytes: Mapping[str, int], visits: list[tuple[str, ...]]) -> list[dict[str, int]]:
+    return [{owner: nbytes[owner] for owner in owners} for owners in visits if owners]
+
+
+def _shared_owners(backward: list[tuple[str, ...]]) -> set[str]:
+    seen: set[str] = set()
+    shared: set[str] = set()
+    for owners in backward:
+        shared.update(owner for owner in owners if owner in seen)
+        seen.update(owners)
+    return shared
+
+
+def _first_chunks(unit: RecordSet) -> tuple[OptimizerChunk, ...]:
+    numel = unit.layout.trainable_numel
+    return unit.format.optimizer_chunks(numel)[:1] if numel else ()
+
+
+def _device_reserve(records: Mapping[str, RecordSet]) -> int:
+    """Return the bytes autograd needs beside the arena: the gradient of the largest parameter."""
+    return max(
+        (
+            spec.numel * unit.compute_dtype.itemsize
+            for unit in records.values()
+            for spec in unit.layout.trainable
+        ),
+        default=0,
+    )
+
+
+def _rounded(slots: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(align_up(nbytes, SLOT_ALIGNMENT_NBYTES) for nbytes in slots if nbytes)
+
+
+def _total(slots: tuple[int, ...]) -> int:
+    return sum(slots)
+
+
+def _refusal(plan: MemoryPlan, host_limit: int, device_limit: int) -> str:
+    lines = ["the smallest plan does not fit:"]
+    if plan.host_nbytes > host_limit:
+        lines.append(
+            f"  host_memory: needs {format_bytes(plan.host_nbytes)}, the budget is {format_bytes(host_limit)}"
+            f" (weights {format_bytes(_total(plan.host_weights))}, gradients"
+            f" {format_bytes(_total(plan.host_gradients))}, optimizer chunks"
+            f" {format_bytes(_total(plan.staging))}, resident records {format_bytes(plan.host_resident_nbytes)}, saved inputs"
+            f" {format_bytes(plan.activations_nbytes)});"
+            f" set host_memory to at least {format_bytes(plan.host_nbytes)}"
+        )
+    needed = plan.device_nbytes + plan.device_reserve_nbytes
+    if needed > device_limit:
+        lines.append(
+            f"  device_memory: needs {format_bytes(needed)}, the budget is {format_bytes(device_limit)}"
+            f" (weights {format_bytes(_total(plan.device_weights))}, gradients"
+            f" {format_bytes(_total(plan.device_gradients))}, temporaries"
+            f" {format_bytes(plan.device_reserve_nbytes)});"
+            f" set device_memory to at least {format_bytes(needed)}"
+        )
+    return "\n".join(lines)
