@@ -15,7 +15,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
@@ -127,7 +127,9 @@ class FinetuneConfig(BaseModel):
     )
 
     learning_rate: Annotated[float, Field(ge=0)] = Field(5e-5, description="Peak learning rate of AdamW.")
-    lr_scheduler_type: SchedulerName = Field("linear", description="Shape of the learning rate over the run.")
+    lr_scheduler_type: SchedulerName = Field(
+        "linear", description=f"Shape of the learning rate: {', '.join(get_args(SchedulerName))}."
+    )
     warmup_steps: Annotated[float, Field(ge=0)] = Field(
         0, description="Steps of linear warm-up; a fraction of the run when below 1."
     )

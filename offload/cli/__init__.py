@@ -1,1 +1,80 @@
-"""Placeholder docstring; replaced by its owner."""
+"""The `offload` command: parse, call, print. One file a command; this one turns errors into messages.
+
+A command prints its results to standard output and one message to standard error when it fails; the
+exit code is that of the error's class. Tracebacks appear with --debug only.
+
+Nothing heavy is imported before a command runs, so `offload --help` is quick and the environment is
+set before torch reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from ..errors import OffloadError
+from .finetune import finetune_command
+
+__all__ = ["main"]
+
+# Read when torch, its OpenMP runtime and the Hugging Face libraries are loaded.
+ENVIRONMENT = {
+    # I/O and update threads share the cores with OpenMP; one that spins takes a core from them.
+    "OMP_WAIT_POLICY": "passive",
+    # Models come from local directories only; a mistyped path must not become a download.
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; always ends in `SystemExit`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        _make_app()(args=given, prog_name="offload")
+    except OffloadError as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+def _make_app() -> typer.Typer:
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+    )
+    app.callback()(_root)
+    # --learning-rate is --learning_rate: YAML keys, flags and other tools' spellings all work.
+    either = {"token_normalize_func": lambda name: name.replace("-", "_")}
+    app.command("finetune", context_settings=either)(finetune_command())
+    return app
+
+
+def _root(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and leave.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune models several times larger than memory on one workstation."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"offload {version('offload')}")
+        except PackageNotFoundError:
+            typer.echo("offload, from a source tree that is not installed")
+        raise typer.Exit

@@ -1,0 +1,265 @@
+"""The output directory of a fine-tuning run: which run it holds, its settings and its metrics.
+
+    output_dir/run.json               the run's id, its drives, what it must not change
+    output_dir/config.resolved.yaml   every key with its value
+    output_dir/metrics.jsonl          one record a step
+    output_dir/final/                 the result
+
+Invariants:
+- `run.json` is durable before anything is made on a drive, so no start loses track of a run. It says
+  `imported` only after the first commit; before that a start removes what is there and begins anew.
+- `metrics.jsonl` never holds a step twice: a resumed run cuts what came after its commit.
+
+Thread rule: one thread. Two processes on one directory are kept apart by the lock of the store.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+from uuid import UUID, uuid4
+
+from .checkpoint import write_json
+from .config import FinetuneConfig
+from .errors import ConfigError, CorruptionError, DiskFullError, StateError, StorageError
+from .store.rundir import RunDirectory
+
+__all__ = ["OutputDirectory", "RunPointer"]
+
+POINTER_NAME = "run.json"
+CONFIG_NAME = "config.resolved.yaml"
+METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class RunPointer:
+    """What `run.json` says.
+
+    Attributes:
+        run_id: the run's UUID.
+        disk: its directories, absolute.
+        identity: keys and values that a resume must not change.
+        imported: whether the weights were imported and committed.
+        exported_step: the step whose weights `final` holds, None before the first export.
+    """
+
+    run_id: str
+    disk: tuple[str, ...]
+    identity: Mapping[str, Any]
+    imported: bool = False
+    exported_step: int | None = None
+
+
+class OutputDirectory:
+    """See the module.
+
+    Args:
+        path: the directory; made by `begin`, together with its parents.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._made: list[Path] = []
+
+    @property
+    def final(self) -> Path:
+        """Where the trained model goes."""
+        return self.path / "final"
+
+    @property
+    def state(self) -> Path:
+        """Where the run's state goes when the user names no drive."""
+        return self.path / "state"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record a line."""
+        return self.path / METRICS_NAME
+
+    def pointer(self) -> RunPointer | None:
+        """Return which run the directory holds, or None.
+
+        Raises:
+            CorruptionError: `run.json` is there and cannot be understood.
+        """
+        path = self.path / POINTER_NAME
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            UUID(value["run_id"])
+            if value["format"] != "offload-run":
+                raise ValueError("another format")
+            return RunPointer(
+                str(value["run_id"]),
+                tuple(map(str, value["disk"])),
+                dict(value["identity"]),
+                imported=value["imported"] is True,
+                exported_step=value["exported_step"],
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            _fail(error, path)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptionError(
+                f"{path} is damaged ({error!r}); restore it, or use another output_dir", path=str(path)
+            ) from error
+
+    def begin(
+        self, config: FinetuneConfig, disk: tuple[Path, ...], identity: Mapping[str, Any]
+    ) -> RunPointer:
+        """Make the directory and record a new run in it, durably, before the run itself is made.
+
+        Raises:
+            ConfigError: the directory holds files of these names that are not a run's.
+            StorageError: it cannot be made or written.
+        """
+        for name in (POINTER_NAME, CONFIG_NAME, METRICS_NAME):
+            if (self.path / name).exists():
+                raise ConfigError(
+                    f"{self.path} holds a {name} and no run of ours; name a new output_dir, or move it away"
+                )
+        pointer = RunPointer(str(uuid4()), tuple(str(path.absolute()) for path in disk), dict(identity))
+        try:
+            missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            for path in reversed(missing):
+                path.mkdir()
+                self._made.append(path)
+            if self.state in (Path(name) for name in pointer.disk) and not self.state.exists():
+                self.state.mkdir(mode=0o700)
+                self._made.append(self.state)
+            self.save_config(config)
+            self._write(pointer)
+        except OSError as error:
+            self._remove_made()
+            _fail(error, self.path)
+        return pointer
+
+    def save_config(self, config: FinetuneConfig) -> None:
+        """Write every key with its value, for the user to read and to start from."""
+        path = self.path / CONFIG_NAME
+        try:
+            path.write_text(config.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            _fail(error, path)
+
+    def mark_imported(self, pointer: RunPointer, disk: tuple[Path, ...]) -> RunPointer:
+        """Note, durably, that the run has a first commit, and where its drives are mounted now."""
+        return self._update(pointer, imported=True, disk=tuple(str(path.absolute()) for path in disk))
+
+    def mark_exported(self, pointer: RunPointer, step: int) -> RunPointer:
+        """Note, durably, that `final` holds the weights of `step`."""
+        return self._update(pointer, exported_step=step)
+
+    def abandon(self, pointer: RunPointer) -> None:
+        """Remove a run that was never committed: its folders on the drives, then our own files.
+
+        Raises:
+            LockedError: another process is importing it at this moment.
+            StateError: it was imported; such a run is never removed here.
+        """
+        if pointer.imported:
+            raise StateError(f"run {pointer.run_id} has committed steps; it is not removed")
+        for directory in pointer.disk:
+            _remove_run(directory, UUID(pointer.run_id))
+        for name in (CONFIG_NAME, METRICS_NAME, POINTER_NAME):
+            (self.path / name).unlink(missing_ok=True)
+        self._remove_made()
+
+    def check_same(self, pointer: RunPointer, identity: Mapping[str, Any]) -> None:
+        """Raise unless a resume has everything that the run began with.
+
+        Raises:
+            ConfigError: lists every key that differs, with the old and the new value.
+        """
+        old = dict(pointer.identity)
+        keys = [key for key in dict.fromkeys([*old, *identity]) if old.get(key) != identity.get(key)]
+        if keys:
+            changes = "; ".join(f"{key}: {old.get(key)!r} then, {identity.get(key)!r} now" for key in keys)
+            raise ConfigError(
+                f"{self.path} holds a run that was started differently ({changes}); "
+                "use the old values to go on, or another output_dir for a new run"
+            )
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one record; it is the operating system's when this returns, so a kill does not lose it."""
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            _fail(error, self.metrics)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the records after `step`, which a resumed run will write again, and any torn line."""
+        try:
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _fail(error, self.metrics)
+        kept = [line for line in lines if _step_of(line) <= step]
+        part = self.metrics.with_name(f".{METRICS_NAME}.part")
+        try:
+            part.write_text("".join(kept), encoding="utf-8")
+            os.replace(part, self.metrics)
+        except OSError as error:
+            _fail(error, self.metrics)
+
+    def _update(self, pointer: RunPointer, **changes: Any) -> RunPointer:
+        changed = replace(pointer, **changes)
+        if changed != pointer:
+            try:
+                self._write(changed)
+            except OSError as error:
+                _fail(error, self.path)
+        return changed
+
+    def _write(self, pointer: RunPointer) -> None:
+        write_json(self.path / POINTER_NAME, {"format": "offload-run", "version": 1, **asdict(pointer)})
+
+    def _remove_made(self) -> None:
+        while self._made:
+            path = self._made.pop()
+            # Something else may have been put there meanwhile; then it stays.
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _remove_run(directory: str, run_id: UUID) -> None:
+    try:
+        folder = RunDirectory.open(directory, run_id)
+    except StorageError as error:
+        if error.errno == errno.ENOENT:
+            return
+        raise
+    try:
+        folder.acquire()
+        folder.remove()
+    finally:
+        folder.close()
+
+
+def _step_of(line: str) -> float:
+    """Return a record's step; a torn last line counts as later than every step."""
+    if not line.endswith("\n"):
+        return float("inf")
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _fail(error: OSError, path: Path) -> NoReturn:
+    if isinstance(error, StorageError):
+        raise error
+    where = error.filename or str(path)
+    text = f"cannot use output_dir: {where}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise DiskFullError(
+            f"{text}; free space, then run the same command again", errno=error.errno, path=where
+        )
+    raise StorageError(f"{text}; name a directory that can be written", errno=error.errno or 0, path=where)
