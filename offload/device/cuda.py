@@ -170,7 +170,8 @@ class CudaDevice:
             if self._saves:
                 # The last save is the last on its stream: all before it have ended, too.
                 self._wait(torch.cuda.current_stream(self._index), self._saves[-1])
-            return source.to(self.torch_device, non_blocking=True)
+            restored = torch.empty_like(source, device=self.torch_device)
+            return restored.copy_(source, non_blocking=True)
 
     def record_compute(self) -> Event:
         """See `Device.record_compute`."""
