@@ -409,7 +409,8 @@ def _steps(numel: int) -> Iterator[slice]:
 
 def _canonical_bits(values: Tensor) -> Tensor:
     """Return a new int32 tensor: the fp32 bits of `values`, every NaN the canonical one."""
-    exact = values.to(torch.float32, copy=True)
+    # Not Tensor.to: it keeps strides, and one element with a stride other than 1 has no int16 view.
+    exact = torch.empty(values.shape, dtype=torch.float32).copy_(values)
     return exact.view(torch.int32).masked_fill_(exact.isnan(), CANONICAL_NAN_BITS)
 
 
