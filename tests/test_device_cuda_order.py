@@ -110,6 +110,15 @@ def test_an_upload_never_overtakes_the_download_of_its_slot(bench: Bench, stored
     assert torch.equal(tensor, torch.full((NUMEL,), 7.0))
 
 
+def test_uploads_into_the_same_bytes_end_in_the_order_they_were_begun(bench: Bench) -> None:
+    (_, narrow), (_, wide) = bench.on_host(1, torch.bfloat16), bench.on_host(2)
+    _, target = bench.on_device()
+    for source, other in ((narrow, wide), (wide, narrow)):
+        bench.device.upload(other, target)
+        bench.device.upload(source, target).wait()
+        assert torch.equal(target, source.float())
+
+
 def test_conversions_of_both_directions_keep_apart(bench: Bench) -> None:
     (_, up), (_, down) = bench.on_host(5, torch.bfloat16), bench.on_host(-1, torch.bfloat16)
     (_, first), (_, second) = bench.on_device(), bench.on_device()

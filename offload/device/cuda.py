@@ -141,7 +141,11 @@ class CudaDevice:
                 self._staging["upload"].copy(
                     source, target, staged_dtype=source.dtype, fill=self._uploads, empty=writing
                 )
-            return self._events.record(writing)
+            event = self._events.record(writing)
+            if writing is not self._uploads:
+                # Uploads end in the order they were begun, converted or not.
+                self._uploads.wait_event(event.raw)
+            return event
 
     def download(self, source: torch.Tensor, target: torch.Tensor) -> Event:
         """See `Device.download`."""
