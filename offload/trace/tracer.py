@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections import deque
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 
 from ..errors import StateError
@@ -133,7 +133,7 @@ class Tracer:
     def reset(self) -> None:
         """Start counters and busy time over. The spans for the trace file stay."""
         with self._lock:
-            self._since_s = time.perf_counter()
+            self._since_s = perf_counter()
             self._counters.clear()
             self._busy.clear()
 
@@ -183,7 +183,7 @@ class Span:
         self._args = args
 
     def __enter__(self) -> None:
-        self._start_s = time.perf_counter()
+        self._start_s = perf_counter()
 
     def __exit__(
         self,
@@ -191,5 +191,5 @@ class Span:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        end_s = time.perf_counter()
+        end_s = perf_counter()
         self._tracer._record(Recorded(self._track, self._name, self._start_s, end_s, self._args))
