@@ -109,6 +109,7 @@ class Transfer:
         self._waited_for: tuple[str, ...] = ()
         self._starved: str | None = None
         self._updating: set[str] = set()
+        self._offered: dict[str, Lease] = {}
         self._error: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="offload-fetch", daemon=True)
@@ -169,10 +170,19 @@ class Transfer:
             self._updating.add(owner)
             return lease
 
-    def end_update(self, owner: str) -> None:
-        """Let `owner` be fetched again: its new bytes can be read."""
+    def end_update(self, owner: str, host: Lease) -> None:
+        """Take the buffer of `take_host` back with the record's new bytes, which are in the store too.
+
+        A record that is wanted next (the last unit of backward is the first of the next forward) goes
+        to the device from this buffer and is not read again.
+        """
         with self._changed:
             self._updating.discard(owner)
+            if self._residents is None:
+                if owner in self._queue and not self._closed:
+                    self._offered[owner] = host
+                else:
+                    host.release()
             self._changed.notify_all()
 
     def follow(self, schedule: Schedule) -> None:
@@ -187,6 +197,7 @@ class Transfer:
         with self._changed:
             self._queue.clear()
             self._position = -1
+            self._release_idle(keep=())
             while any(not copy.ready for copy in self._copies.values()):
                 self._raise_if_unusable()
                 self._changed.wait()
@@ -214,6 +225,9 @@ class Transfer:
             self._host_pool.close()
         self._device_pool.close()
         self._thread.join()
+        for lease in self._offered.values():
+            lease.release()
+        self._offered.clear()
 
     # -- under the lock ----------------------------------------------------------------------
 
@@ -246,6 +260,8 @@ class Transfer:
             self._trace.add("stall", "wait for weights", began_s, ended_s, owners=",".join(owners))
 
     def _release_idle(self, keep: tuple[str, ...]) -> None:
+        for owner in [owner for owner in self._offered if owner not in keep]:
+            self._offered.pop(owner).release()
         for copy in list(self._copies.values()):
             wanted = copy.owner in keep or self._keep_on_device
             if copy.users == 0 and copy.ready and not wanted:
@@ -313,8 +329,11 @@ class Transfer:
     def _begin_read(self, owner: str, *, block: bool) -> _Copy | None:
         record = self._records[owner]
         copy = _Copy(owner)
+        offered: Lease | None = None
         if self._residents is not None:
             copy.host = self._residents.weights(owner)
+        elif (offered := self._take_offered(owner)) is not None:
+            copy.host = offered
         else:
             assert self._host_pool is not None
             copy.host = self._lease(self._host_pool, record.host_nbytes, owner, block=block)
@@ -330,7 +349,7 @@ class Transfer:
             self._copies[owner] = copy
             self._changed.notify_all()
         copy.issued_s = time.perf_counter()
-        if self._residents is None:
+        if self._residents is None and offered is None:
             assert self._store is not None
             if record.weights_nbytes:
                 view = self._host.view(copy.host, 0, record.weights_nbytes)
@@ -339,6 +358,10 @@ class Transfer:
                 view = self._host.view(copy.host, record.weights_nbytes, record.frozen_nbytes)
                 copy.tickets.append(self._store.read(record.name("frozen"), view))
         return copy
+
+    def _take_offered(self, owner: str) -> Lease | None:
+        with self._changed:
+            return self._offered.pop(owner, None)
 
     def _to_device(self, copy: _Copy) -> None:
         record = self._records[copy.owner]

@@ -113,7 +113,7 @@ class Updater:
         store: Store | None,
         residents: ResidentRecords | None,
         num_threads: int,
-        on_updated: Callable[[str], None],
+        on_updated: Callable[[str, Lease], None],
         on_committed: Callable[[int, int], None],
         on_error: Callable[[BaseException], None],
         trace: Tracer,
@@ -248,7 +248,7 @@ class Updater:
         update.gradient.host.release()
         if self._residents is not None:
             self._residents.mark_dirty(update.owner)
-            self._on_updated(update.owner)
+            self._on_updated(update.owner, update.weights)
         else:
             self._write(update.owner, "weights", weights, 0, update.weights)
 
@@ -356,12 +356,13 @@ class Updater:
             write = self._writes[0]
             write.ticket.wait()
             self._writes.popleft()
-            write.lease.release()
             self._trace.add(
                 "disk write", write.owner, write.issued_s, time.perf_counter(), nbytes=write.nbytes
             )
             if write.completes:
-                self._on_updated(write.owner)
+                self._on_updated(write.owner, write.lease)
+            else:
+                write.lease.release()
 
     def _settle(self) -> None:
         """Wait for all I/O and give every staging slot back; errors were or will be raised elsewhere."""
