@@ -66,6 +66,7 @@ def command_help(command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(30)
 @pytest.mark.parametrize("number", range(len(blocks(README, "python"))))
 def test_readme_snippet_runs(number, tmp_path, monkeypatch):
     source = blocks(README, "python")[number]
