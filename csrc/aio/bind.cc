@@ -133,6 +133,11 @@ class PyRequest {
   std::shared_ptr<ReleaseList> releases_;
 };
 
+struct ReleaseOnExit {
+  ReleaseList& list;
+  ~ReleaseOnExit() noexcept { list.release_all(); }
+};
+
 class PyEngine {
  public:
   PyEngine(const std::string& name, unsigned queue_depth, uint64_t segment_nbytes, unsigned threads,
@@ -194,7 +199,8 @@ class PyEngine {
   PyRequest submit(const std::string& op_name, const PyFile& file, const py::object& buffer,
                    int64_t file_offset, std::optional<int64_t> nbytes) {
     std::shared_ptr<Engine> engine = usable_engine();
-    releases_->release_all();
+    // Runs last, with the GIL: also when the request is refused after its buffer was taken.
+    const ReleaseOnExit release_on_exit{*releases_};
     if (op_name != "read" && op_name != "write") {
       throw py::value_error("op must be 'read' or 'write', not '" + op_name + "'");
     }
@@ -207,7 +213,7 @@ class PyEngine {
     if (PyObject_GetBuffer(buffer.ptr(), &held->view, flags) != 0) throw py::error_already_set();
     auto* const address = static_cast<std::byte*>(held->view.buf);
     const int64_t held_nbytes = held->view.len;
-    // From here on the export is given back on every way out.
+    // From here on the export goes to releases_ on every way out.
     auto loan = std::make_shared<BufferLoan>(std::move(held), releases_);
     const int64_t asked = nbytes.value_or(held_nbytes);
     if (asked < 0 || asked > held_nbytes) {

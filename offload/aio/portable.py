@@ -5,7 +5,7 @@ a pool of threads that aiofiles runs the system calls on; it keeps every promise
 `offload.aio.engine` but speed: transfers go through the page cache and each segment costs Python time.
 
 Thread rule: any thread may call any method. State of the loop (slots, tasks) is touched on the loop's
-thread only; a file's count of users is under its lock. The system calls run without the GIL.
+thread only. The system calls run without the GIL.
 
 It does not use O_DIRECT, and needs `os.preadv` (Linux, macOS, BSD).
 """
@@ -17,10 +17,7 @@ import concurrent.futures
 import errno
 import math
 import os
-import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -28,118 +25,18 @@ from aiofiles.os import wrap
 
 from offload.aio.engine import File, Op, OpenMode
 from offload.aio.failures import io_error, timeout_error
+from offload.aio.portable_file import PortableFile
 from offload.errors import StateError, StorageError
 from offload.sizes import MIB
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["PortableEngine", "PortableFile", "PortableRequest"]
+__all__ = ["PortableEngine", "PortableRequest"]
 
 _MAX_RETRIES = 64
-_FLAGS = {"r": os.O_RDONLY, "r+": os.O_RDWR, "x+": os.O_RDWR | os.O_CREAT | os.O_EXCL}
 _preadv = wrap(os.preadv)
 _pwritev = wrap(os.pwritev)
-# macOS has no fdatasync.
-_fdatasync = getattr(os, "fdatasync", os.fsync)
-
-
-class PortableFile:
-    """An open file of the portable engine."""
-
-    def __init__(self, path: str, mode: OpenMode, dir_fd: int | None) -> None:
-        if mode not in _FLAGS:
-            raise ValueError(f"mode must be 'r', 'r+' or 'x+', not {mode!r}")
-        self.path = os.fspath(path)
-        self.direct = False
-        self.writable = mode != "r"
-        self._pid = os.getpid()
-        self._changed = threading.Condition()
-        self._num_users = 0
-        self._closed = False
-        # O_NONBLOCK so that a FIFO does not block here until someone writes to it.
-        flags = _FLAGS[mode] | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-        try:
-            self._fd = os.open(self.path, flags, 0o600, dir_fd=dir_fd)
-        except OSError as error:
-            raise io_error("open", self.path, error.errno or 0) from error
-        kind = os.fstat(self._fd).st_mode
-        if not stat.S_ISREG(kind):
-            os.close(self._fd)
-            reason = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
-            raise io_error("open", self.path, reason, detail="not a regular file")
-        os.set_blocking(self._fd, True)
-
-    @property
-    def size_nbytes(self) -> int:
-        with self.use() as fd:
-            return os.fstat(fd).st_size
-
-    def allocate(self, nbytes: int) -> None:
-        if nbytes < 0:
-            raise ValueError(f"nbytes must be >= 0, not {nbytes}")
-        with self.use() as fd:
-            try:
-                if nbytes:
-                    os.posix_fallocate(fd, 0, nbytes)
-            except OSError as error:
-                raise io_error("allocate", self.path, error.errno or 0, asked_nbytes=nbytes) from error
-
-    def sync(self) -> None:
-        """Make completed writes durable; blocks."""
-        with self.use() as fd:
-            try:
-                _fdatasync(fd)
-            except OSError as error:
-                raise io_error("sync", self.path, error.errno or 0) from error
-
-    @contextmanager
-    def use(self) -> Iterator[int]:
-        """Keep the descriptor open inside the block and give it."""
-        fd = self.acquire()
-        try:
-            yield fd
-        finally:
-            self.release()
-
-    def acquire(self) -> int:
-        """Return the descriptor, open until `release`."""
-        if os.getpid() != self._pid:
-            raise StateError(f"{self.path} was opened by the parent of this process; open it again here")
-        with self._changed:
-            if self._closed:
-                raise StateError(f"{self.path} is closed; open it again to use it")
-            self._num_users += 1
-            return self._fd
-
-    def release(self) -> None:
-        """End what `acquire` began."""
-        with self._changed:
-            self._num_users -= 1
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        if os.getpid() != self._pid:
-            return
-        with self._changed:
-            self._closed = True
-            self._changed.wait_for(lambda: self._num_users == 0)
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
-
-    def __del__(self) -> None:
-        # Requests in flight hold the file, so nothing uses the descriptor any more.
-        if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class PortableRequest:
@@ -159,7 +56,9 @@ class PortableRequest:
         if os.getpid() != self._pid and not self._future.done():
             raise StateError("this request was submitted by the parent of this process; wait for it there")
         try:
-            return self._future.result(None if timeout_s is None else max(timeout_s, 0.0))
+            return self._future.result(
+                None if timeout_s is None else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)
+            )
         except TimeoutError:
             raise timeout_error(
                 self._op,
