@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from offload.trace.intervals import MAX_INTERVALS, Intervals
@@ -33,6 +33,8 @@ def test_total_is_the_length_of_the_union(spans: list[tuple[int, int]]) -> None:
 
 
 @given(SPANS, SPANS)
+@example([(0, 9)], [(1, 2), (3, 4)])
+@example([(1, 2), (3, 4)], [(0, 9)])
 def test_overlap_is_the_length_of_the_intersection(
     a: list[tuple[int, int]], b: list[tuple[int, int]]
 ) -> None:
