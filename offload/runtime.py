@@ -227,6 +227,7 @@ class Runtime:
         """
         self._check_between_steps("parameters_by_unit()")
         self.synchronize()
+        self._parts.updater.quiet()
         self._parts.transfer.quiet()
         for owner, record in self._parts.records.items():
             with self._parts.masters.read(record) as values:

@@ -64,6 +64,13 @@ class _Commit:
     step: int
 
 
+@dataclass(frozen=True)
+class _Pause:
+    """Give the staging slots back: what follows on another thread needs them."""
+
+    reached: threading.Event
+
+
 @dataclass
 class _Staged:
     """A chunk of an optimizer record in a staging slot, read or being read."""
@@ -131,7 +138,9 @@ class Updater:
         self._order: tuple[str, ...] = ()
         self._ahead = _ReadAhead()
         self._writes: deque[_Write] = deque()
-        self._work: queue.SimpleQueue[Update | _Commit | threading.Event | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Update | _Commit | _Pause | threading.Event | None] = (
+            queue.SimpleQueue()
+        )
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="offload-update", daemon=True)
         self._thread.start()
@@ -162,6 +171,17 @@ class Updater:
         if self._error is not None:
             raise self._error
 
+    def quiet(self) -> None:
+        """Wait as `drain` does, and give every staging slot back; the next commit reads ahead again.
+
+        Raises:
+            OffloadError: the thread's error, if it failed.
+        """
+        pause = _Pause(threading.Event())
+        self._work.put(pause)
+        pause.reached.wait()
+        self.drain()
+
     def close(self) -> None:
         """Finish the queue and stop the thread. The pools must outlive this call."""
         self._work.put(None)
@@ -177,6 +197,9 @@ class Updater:
                 return
             if isinstance(item, threading.Event):
                 item.set()
+            elif isinstance(item, _Pause):
+                self._stop_reading_ahead()
+                item.reached.set()
             elif self._error is not None:
                 # The generation is lost already; give back what the work item owns and go on, so
                 # that `drain` and `close` return.
@@ -184,7 +207,7 @@ class Updater:
             else:
                 self._attempt(item)
 
-    def _next_item(self) -> Update | _Commit | threading.Event | None:
+    def _next_item(self) -> Update | _Commit | _Pause | threading.Event | None:
         while self._work.empty() and self._error is None and self._make_progress():
             pass
         return self._work.get()
@@ -316,6 +339,14 @@ class Updater:
         """Start over with the expected order: the next step's reads see this step's writes."""
         self._drop_staged()
         self._ahead = _ReadAhead(self._order)
+
+    def _stop_reading_ahead(self) -> None:
+        try:
+            self._finish_writes(down_to=0)
+            self._drop_staged()
+        except OffloadError as error:
+            self._fail(error)
+        self._ahead = _ReadAhead()
 
     def _drop_read_ahead(self, owner: str, chunk: OptimizerChunk) -> None:
         self._drop_staged()
