@@ -98,6 +98,15 @@ def test_releasing_device_bytes_after_another_copys_event_raises(bench: Bench) -
         bench.arena.release_after(lease, bench.device.record_compute())
 
 
+def test_a_release_after_the_first_of_several_copies_raises(bench: Bench) -> None:
+    (_, first), (_, second) = bench.on_host(VALUES), bench.on_host(VALUES)
+    lease, tensor = bench.on_device()
+    early = bench.device.download(tensor, first)
+    bench.device.download(tensor, second)
+    with pytest.raises(StateError, match="are under way"):
+        bench.arena.release_after(lease, early)
+
+
 def test_a_release_after_the_last_of_several_copies_covers_them_all(bench: Bench) -> None:
     (_, first), (_, second) = bench.on_host(VALUES), bench.on_host(VALUES)
     lease, tensor = bench.on_device()
