@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -206,19 +207,36 @@ def test_the_thread_count_changes_no_bit(split: bool, num_threads: int) -> None:
     assert update(arrays, num_threads=num_threads).bits() == update(arrays, num_threads=1).bits()
 
 
+def test_one_call_equals_several_on_parts() -> None:
+    whole = random_arrays(2 * BLOCK_NUMEL + 99, 21)
+    cuts = (0, BLOCK_NUMEL - 5, BLOCK_NUMEL + 3, 2 * BLOCK_NUMEL, 2 * BLOCK_NUMEL + 99)
+    parts = [
+        update(Arrays(*(None if t is None else t[start:stop] for t in vars(whole).values())))  # type: ignore[arg-type]
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    got = update(whole, num_threads=2)
+    for name in ("weights", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(getattr(got, name), torch.cat([getattr(part, name) for part in parts]))
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("isa", ISAS)
-def test_fp32_agrees_with_torch_adamw_over_20_steps(isa: str) -> None:
+def test_fp32_agrees_with_torch_adamw_over_20_steps(isa: str, beta1: float) -> None:
     arrays = replace(random_arrays(4_001, 4), exp_avg=torch.zeros(4_001), exp_avg_sq=torch.zeros(4_001))
     parameter = torch.nn.Parameter(arrays.weights.clone())
     optimizer = torch.optim.AdamW(
-        [parameter], lr=SETTINGS.lr, betas=(0.9, 0.999), eps=SETTINGS.eps, weight_decay=SETTINGS.weight_decay
+        [parameter],
+        lr=SETTINGS.lr,
+        betas=(beta1, 0.999),
+        eps=SETTINGS.eps,
+        weight_decay=SETTINGS.weight_decay,
     )
     generator = torch.Generator().manual_seed(5)
     for step in range(1, 21):
         gradient = torch.randn(4_001, generator=generator)
         parameter.grad = gradient.clone()
         optimizer.step()
-        arrays = update(replace(arrays, gradient=gradient), isa=isa, step=step)
+        arrays = update(replace(arrays, gradient=gradient), isa=isa, step=step, beta1=beta1)
     state = optimizer.state[parameter]
     # 1e-6 of the value; near zero, of the steps it was summed from (each about lr).
     torch.testing.assert_close(arrays.weights, parameter.detach(), rtol=1e-6, atol=1e-6 * SETTINGS.lr * 20)
