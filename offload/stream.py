@@ -330,7 +330,7 @@ class _RunUnit(torch.autograd.Function):
     """The node that stands for one call of a unit."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, streamed: StreamedUnit, call: _Call, anchor: torch.Tensor, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         outputs = streamed.run_forward(call, tensors)

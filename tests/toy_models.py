@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from offload import AdamWOptions
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,6 +14,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from offload import AdamWOptions
 
 VOCAB, ROWS, LENGTH = 96, 4, 12
 

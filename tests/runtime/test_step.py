@@ -41,7 +41,7 @@ def test_step_without_backward_is_refused(attached: Any) -> None:
 
 
 def test_second_forward_after_an_update_is_refused_before_step(attached: Any) -> None:
-    model, runtime = attached
+    model, _ = attached
     loss_of("llama", model, make_batch("llama", 0)).backward()
     with pytest.raises(StateError, match="call runtime.step\\(\\) after every backward"):
         loss_of("llama", model, make_batch("llama", 1))
@@ -194,9 +194,12 @@ def test_a_write_error_in_the_background_surfaces_in_the_loop(
         raise StorageError("the drive is gone", errno=5, path=str(tmp_path))
 
     monkeypatch.setattr(Store, "write", fail)
-    with pytest.raises(StorageError, match="the drive is gone"):
+    def loop() -> None:
         train("mlp", runtime, model, range(3))
         runtime.synchronize()
+
+    with pytest.raises(StorageError, match="the drive is gone"):
+        loop()
     assert runtime.committed_step == 0
     runtime.close()
 
