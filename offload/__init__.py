@@ -15,8 +15,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compose import attach
     from .checkpoint import ExportOptions
+    from .compose import attach
     from .errors import OffloadError
     from .optim import AdamWOptions
     from .options import RuntimeOptions

@@ -1,7 +1,7 @@
 """Builds a runtime for a model: the composition root, where every part is made and wired once.
 
-The order matters: cut the model, plan memory (and refuse before anything is touched), open the store,
-reserve memory, start the threads, fill the records from their source or recover them, and only then
+The order matters: cut the model, open the device, plan memory (and refuse before anything is touched),
+open the store, reserve memory, start the threads, fill the records from their source or recover them, and only then
 replace the model's parameters and take over its units.
 """
 
@@ -93,10 +93,11 @@ def attach(
     records = record_sets((unit.layout for unit in units), record_format, chosen.torch_compute_dtype)
     schedule = Schedule(tuple(unit.name for unit in units), {unit.name: unit.records for unit in units})
     trains = {unit.name: _trained_owners(unit) for unit in units}
-    plan = _plan(chosen, schedule, records, trains)
     groups = list(param_groups) if param_groups is not None else _default_groups(model, chosen)
     with contextlib.ExitStack() as undo:
-        parts, progress = _build(model, chosen, units, records, plan, schedule, trains, tracer, undo)
+        device = undo.enter_context(open_device(chosen.device, device_memory=chosen.device_memory))
+        plan = _plan(chosen, schedule, records, trains, device)
+        parts, progress = _build(model, chosen, units, records, device, plan, schedule, trains, tracer, undo)
         state: Mapping[str, Any] = {}
         if chosen.resume:
             state = _recover(parts, progress)
@@ -131,6 +132,7 @@ def _plan(
     schedule: Schedule,
     records: Mapping[str, RecordSet],
     trains: Mapping[str, tuple[str, ...]],
+    device: Device,
 ) -> MemoryPlan:
     compute = options.torch_compute_dtype
     wide = options.rows is not None and compute is not torch.float32
@@ -140,7 +142,8 @@ def _plan(
         trains=trains,
         home=options.resolved_home,
         host_limit_nbytes=options.host_memory,
-        device_limit_nbytes=options.device_memory,
+        # What the device holds back for itself (staging for conversions) is not there to be planned.
+        device_limit_nbytes=device.budget.free_nbytes,
         gradient_itemsize=4 if wide else compute.itemsize,
         micro_gradients=wide,
         activations_nbytes=options.activations_nbytes or DEFAULT_ACTIVATIONS_NBYTES,
@@ -153,6 +156,7 @@ def _build(
     options: RuntimeOptions,
     units: tuple[Unit, ...],
     records: Mapping[str, RecordSet],
+    device: Device,
     plan: MemoryPlan,
     schedule: Schedule,
     trains: Mapping[str, tuple[str, ...]],
@@ -166,7 +170,7 @@ def _build(
         undo.callback(part.close)
         return part
 
-    device: Device = own(open_device(options.device, device_memory=options.device_memory))
+    closers.append(device)
     store = _open_store(options, records, own)
     host_budget = Budget(Tier.HOST, options.host_memory)
     host = own(device.host_arena(host_budget, plan.host_nbytes))
