@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*/*.cc csrc/*/*.h)
 # Arguments for pytest, for example: make test ARGS="tests/store -k commit"
 ARGS ?=
+# A process per core, each with one thread. The tests share nothing, so any order and place will do.
+PARALLEL ?= -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -22,7 +24,7 @@ demo: setup ## Fine-tune a real 135M-parameter model with its state on disk (min
 
 .PHONY: test
 test: setup ## Run the tests, the slow ones aside
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 .PHONY: soak
 soak: setup ## Run the slow tests: real kills, large models, long runs
