@@ -1,8 +1,8 @@
 """Builds a runtime for a model: the composition root, where every part is made and wired once.
 
 The order matters: cut the model, open the device, plan memory (and refuse before anything is touched),
-open the store, reserve memory, start the threads, fill the records from their source or recover them, and only then
-replace the model's parameters and take over its units.
+open the store, reserve memory, start the threads, fill the records from their source or recover them,
+and only then replace the model's parameters and take over its units.
 """
 
 from __future__ import annotations

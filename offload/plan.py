@@ -242,8 +242,8 @@ def _refusal(plan: MemoryPlan, host_limit: int, device_limit: int) -> str:
             f" (weights {format_bytes(_total(plan.host_weights))}, gradients"
             f" {format_bytes(_total(plan.host_gradients))}, optimizer chunks"
             f" {format_bytes(_total(plan.staging))}, resident records"
-            f" {format_bytes(plan.host_resident_nbytes)}, saved inputs {format_bytes(plan.activations_nbytes)});"
-            f" set host_memory to at least {format_bytes(plan.host_nbytes)}"
+            f" {format_bytes(plan.host_resident_nbytes)}, saved inputs"
+            f" {format_bytes(plan.activations_nbytes)}); set host_memory to at least {format_bytes(plan.host_nbytes)}"
         )
     needed = plan.device_nbytes + plan.device_reserve_nbytes
     if needed > device_limit:
