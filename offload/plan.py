@@ -235,23 +235,25 @@ def _total(slots: tuple[int, ...]) -> int:
 
 
 def _refusal(plan: MemoryPlan, host_limit: int, device_limit: int) -> str:
+    host = {
+        "weights": _total(plan.host_weights),
+        "gradients": _total(plan.host_gradients),
+        "optimizer chunks": _total(plan.staging),
+        "resident records": plan.host_resident_nbytes,
+        "saved inputs": plan.activations_nbytes,
+    }
+    device = {
+        "weights": _total(plan.device_weights),
+        "gradients": _total(plan.device_gradients),
+        "temporaries": plan.device_reserve_nbytes,
+    }
     lines = ["the smallest plan does not fit:"]
-    if plan.host_nbytes > host_limit:
-        lines.append(
-            f"  host_memory: needs {format_bytes(plan.host_nbytes)}, the budget is {format_bytes(host_limit)}"
-            f" (weights {format_bytes(_total(plan.host_weights))}, gradients"
-            f" {format_bytes(_total(plan.host_gradients))}, optimizer chunks"
-            f" {format_bytes(_total(plan.staging))}, resident records"
-            f" {format_bytes(plan.host_resident_nbytes)}, saved inputs"
-            f" {format_bytes(plan.activations_nbytes)}); set host_memory to at least {format_bytes(plan.host_nbytes)}"
-        )
-    needed = plan.device_nbytes + plan.device_reserve_nbytes
-    if needed > device_limit:
-        lines.append(
-            f"  device_memory: needs {format_bytes(needed)}, the budget is {format_bytes(device_limit)}"
-            f" (weights {format_bytes(_total(plan.device_weights))}, gradients"
-            f" {format_bytes(_total(plan.device_gradients))}, temporaries"
-            f" {format_bytes(plan.device_reserve_nbytes)});"
-            f" set device_memory to at least {format_bytes(needed)}"
-        )
+    for knob, parts, limit in (("host_memory", host, host_limit), ("device_memory", device, device_limit)):
+        needed = sum(parts.values())
+        if needed > limit:
+            listing = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items() if nbytes)
+            lines.append(
+                f"  {knob}: needs {format_bytes(needed)} ({listing}), the budget is {format_bytes(limit)};"
+                f" set {knob} to at least {needed} bytes"
+            )
     return "\n".join(lines)
