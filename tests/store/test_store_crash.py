@@ -104,9 +104,9 @@ def run_and_kill(dirs, journal, kill_at, last=LAST) -> str:
     return store.run_id
 
 
-def count_ops(tmp_path, journal, last=LAST) -> range:
+def count_ops(tmp_path, journal, last=LAST, num_drives=2) -> range:
     """The operations of a run between its creation and the return of its last commit."""
-    dirs = two_dirs(tmp_path / "counted")
+    dirs = two_dirs(tmp_path / "counted")[:num_drives]
     with create(dirs, journal) as store:
         created = len(journal.ops)
         train(store, journal, last)
@@ -133,12 +133,13 @@ def test_a_process_killed_at_any_moment_goes_on_to_the_same_end(tmp_path, journa
         journal.ops.clear()
 
 
-def test_a_power_loss_in_a_recovered_run_leaves_a_whole_generation(tmp_path, journal):
+@pytest.mark.parametrize("num_drives", [1, 2])
+def test_a_power_loss_in_a_recovered_run_leaves_a_whole_generation(tmp_path, journal, num_drives):
     """The process is killed, the run goes on, and then the power fails. What the killed process renamed
     was perhaps not synced, and what the recovered run overwrote must not be needed again."""
-    for kill_at in count_ops(tmp_path, journal, last=2):
+    for kill_at in count_ops(tmp_path, journal, last=2, num_drives=num_drives):
         root = tmp_path / str(kill_at)
-        dirs = two_dirs(root)
+        dirs = two_dirs(root)[:num_drives]
         run_id = run_and_kill(dirs, journal, kill_at, last=2)
         with reopened(dirs, journal, run_id) as store:
             journal.ops.append(("committed", "", store.generation))
@@ -147,7 +148,7 @@ def test_a_power_loss_in_a_recovered_run_leaves_a_whole_generation(tmp_path, jou
         rng = random.Random(kill_at)
         for end in [resumed, *rng.choices(range(resumed, len(journal.ops) + 1), k=6)]:
             lost_root = tmp_path / f"lost-{kill_at}-{end}-{rng.random()}"
-            lost = power_loss(journal, end, rng.random(), root, lost_root)
+            lost = power_loss(journal, end, rng.random(), root, lost_root)[:num_drives]
             with Store.open(lost, engine=PlainEngine(), run_id=run_id) as store:
                 check_recovered(store, journal.committed(end))
         journal.ops.clear()
