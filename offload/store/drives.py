@@ -163,13 +163,16 @@ def _in_order(folders: Sequence[RunDirectory], owners: Sequence[Owner]) -> list[
 
 def _check_room(directories: Sequence[str], drive_nbytes: Sequence[int], manifest_nbytes: int) -> None:
     """Refuse before anything is made; two directories may share one file system."""
+    devices: list[int] = []
     needed: dict[int, int] = defaultdict(int)
     for directory, nbytes in zip(directories, drive_nbytes, strict=True):
         with files.storage_errors("use directory", directory):
-            device = os.stat(directory).st_dev
-            free = os.statvfs(directory)
+            devices.append(os.stat(directory).st_dev)
         # Three manifests: the last two and the one being written.
-        needed[device] += nbytes + 3 * manifest_nbytes
+        needed[devices[-1]] += nbytes + 3 * manifest_nbytes
+    for directory, device in zip(directories, devices, strict=True):
+        with files.storage_errors("examine", directory):
+            free = os.statvfs(directory)
         if needed[device] > free.f_bavail * free.f_frsize:
             raise _full(directory, needed[device], free.f_bavail * free.f_frsize)
 

@@ -56,8 +56,8 @@ def list_runs(directory: str | os.PathLike[str]) -> tuple[RunInfo, ...]:
 def remove_run(directories: Sequence[str | os.PathLike[str]], run_id: str) -> None:
     """Remove a run's folders from `directories`, each only after proof that it is ours.
 
-    Every folder is locked and checked before the first is touched. Only names that a run has are
-    unlinked.
+    Every folder is checked and locked before anything is removed from the first. Only names that a run
+    has are unlinked.
 
     Raises:
         LockedError: a live process uses the run.
@@ -67,12 +67,12 @@ def remove_run(directories: Sequence[str | os.PathLike[str]], run_id: str) -> No
     with ExitStack() as stack:
         folders = []
         for directory in directories:
-            folder = RunDirectory.open(os.path.abspath(directory), UUID(run_id))
-            stack.callback(folder.close)
-            folder.read_owner()
+            folders.append(RunDirectory.open(os.path.abspath(directory), UUID(run_id)))
+            stack.callback(folders[-1].close)
+            folders[-1].read_owner()
+            folders[-1].check_removable()
+        for folder in folders:
             folder.acquire()
-            folder.check_removable()
-            folders.append(folder)
         for folder in folders:
             folder.remove()
 

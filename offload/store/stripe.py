@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import isfinite
+from math import isfinite, lcm
 
 from ..aio.engine import ALIGNMENT_NBYTES
 
@@ -157,15 +157,19 @@ def deal_by_weight(weights: Sequence[float]) -> Deal:
     """
     if not weights or not all(isfinite(weight) and weight > 0 for weight in weights):
         raise ValueError(f"weights must be positive numbers, one a drive: got {list(weights)}")
-    total = sum(Fraction(weight) for weight in weights)
-    parts = [Fraction(weight) / total for weight in weights]
+    # Whole numbers in the same proportion: a float is a fraction, and its arithmetic is then exact.
+    fractions = [Fraction(weight) for weight in weights]
+    scale = lcm(*(fraction.denominator for fraction in fractions))
+    parts = [int(fraction * scale) for fraction in fractions]
+    total = sum(parts)
     best: list[int] = []
-    best_error = Fraction(2)
+    best_error, best_length = 2 * total, 1
     for length in range(1, MAX_DEAL + 1):
-        shares = _apportion(parts, length)
-        error = max(abs(Fraction(share, length) - part) for share, part in zip(shares, parts, strict=True))
-        if error < best_error:
-            best, best_error = shares, error
+        shares = _apportion(parts, total, length)
+        error = max(abs(share * total - part * length) for share, part in zip(shares, parts, strict=True))
+        # The error in proportion is error / (total * length).
+        if error * best_length < best_error * length:
+            best, best_error, best_length = shares, error, length
         if error == 0:
             break
     return Deal(_spread(best), len(weights))
@@ -195,11 +199,11 @@ def pack_extents(stripes: Sequence[Stripe], extents: Sequence[int]) -> list[list
     return offsets
 
 
-def _apportion(parts: Sequence[Fraction], length: int) -> list[int]:
+def _apportion(parts: Sequence[int], total: int, length: int) -> list[int]:
     """Cut `length` into whole shares by largest remainder, the lower drive first among equals."""
-    shares = [int(part * length) for part in parts]
-    remainders = [share - part * length for share, part in zip(shares, parts, strict=True)]
-    for drive in sorted(range(len(parts)), key=lambda drive: remainders[drive])[: length - sum(shares)]:
+    shares = [part * length // total for part in parts]
+    remainders = [part * length % total for part in parts]
+    for drive in sorted(range(len(parts)), key=lambda drive: -remainders[drive])[: length - sum(shares)]:
         shares[drive] += 1
     return shares
 

@@ -90,9 +90,13 @@ class PlainEngine:
         except OSError as error:
             raise StorageError(f"cannot open {path}", errno=error.errno, path=path) from error
         file = PlainFile(path, fd, os.readlink(f"/proc/self/fd/{fd}"), self.journal)
-        if mode == "x+" and self.journal is not None:
-            self.journal.note("create", file.full_path)
         self.opened.append(file)
+        if mode == "x+" and self.journal is not None:
+            try:
+                self.journal.note("create", file.full_path)
+            except BaseException:
+                file.close()
+                raise
         return file
 
     def submit(self, op, file, buffer, file_offset, nbytes=None) -> PlainRequest:

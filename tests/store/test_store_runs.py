@@ -1,0 +1,146 @@
+"""Listing runs without touching them; removing one only when it is provably ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from store_content import write_all
+
+from offload.errors import CorruptionError, LockedError, StorageError
+from offload.store import Store, list_runs, remove_run
+
+RUN_ID = "00010203-0405-4607-8809-0a0b0c0d0e0f"
+
+
+@pytest.fixture
+def run_id(dirs, specs, engine):
+    with Store.create(dirs, specs, engine=engine, chunk_nbytes=8192, identity={"model": "m"}) as store:
+        write_all(store, 1)
+        store.commit({"step": 1})
+    return store.run_id
+
+
+def snapshot(dirs):
+    return {
+        (path, path.lstat().st_mtime_ns): path.read_bytes() if path.is_file() else b""
+        for directory in dirs
+        for path in directory.rglob("*")
+    }
+
+
+def test_runs_are_listed_with_what_they_are(dirs, run_id):
+    for drive, directory in enumerate(dirs):
+        (info,) = list_runs(directory)
+        assert (info.run_id, info.problem, info.drive, info.generation) == (run_id, None, drive, 1)
+        assert info.path == str(directory / f"run-{run_id}")
+        assert info.directories == tuple(map(str, dirs))
+        assert (info.state, info.identity) == ({"step": 1}, {"model": "m"})
+        assert info.nbytes == (directory / f"run-{run_id}" / "data.bin").stat().st_size
+
+
+def test_listing_changes_nothing(dirs, run_id):
+    before = snapshot(dirs)
+    list_runs(dirs[0])
+    assert snapshot(dirs) == before
+
+
+def test_a_run_in_use_is_listed(dirs, store):
+    assert [info.run_id for info in list_runs(dirs[0])] == [store.run_id]
+
+
+def test_other_entries_are_not_runs(tmp_path):
+    for name in ("run-", "run-x", "other", f"run-{RUN_ID}x", f"run-{RUN_ID.upper()}"):
+        (tmp_path / name).mkdir()
+    assert list_runs(tmp_path) == ()
+
+
+def test_a_broken_run_is_listed_with_its_problem(dirs, run_id):
+    (dirs[0] / f"run-{run_id}" / "OFFLOAD_RUN").unlink()
+    (dirs[0] / f"run-{RUN_ID}").symlink_to(dirs[1] / f"run-{run_id}")
+    infos = {info.run_id: info for info in list_runs(dirs[0])}
+    assert "OFFLOAD_RUN: No such file" in infos[run_id].problem
+    assert "cannot open directory" in infos[RUN_ID].problem
+
+
+def test_a_directory_that_is_not_there_cannot_be_listed(tmp_path):
+    with pytest.raises(StorageError, match="cannot list"):
+        list_runs(tmp_path / "gone")
+
+
+def test_a_removed_run_leaves_nothing(dirs, run_id):
+    remove_run(dirs, run_id)
+    assert [path for directory in dirs for path in directory.rglob("*")] == []
+
+
+def test_only_the_run_named_is_removed(dirs, specs, engine, run_id):
+    with Store.create(dirs, specs, engine=engine) as other:
+        pass
+    remove_run(dirs, run_id)
+    assert [info.run_id for info in list_runs(dirs[0])] == [other.run_id]
+
+
+def test_a_run_in_use_is_not_removed(dirs, store):
+    before = snapshot(dirs)
+    with pytest.raises(LockedError):
+        remove_run(dirs, store.run_id)
+    assert snapshot(dirs) == before
+
+
+def no_owner(folder):
+    (folder / "OFFLOAD_RUN").unlink()
+
+
+def damaged_owner(folder):
+    (folder / "OFFLOAD_RUN").write_bytes(b"mine")
+
+
+def foreign_file(folder):
+    (folder / "thesis.tex").write_text("years of work")
+
+
+def foreign_folder(folder):
+    (folder / "photos").mkdir()
+
+
+def open_mode(folder):
+    folder.chmod(0o777)
+
+
+@pytest.mark.parametrize("spoil", [no_owner, damaged_owner, foreign_file, foreign_folder, open_mode])
+def test_what_is_not_provably_ours_is_not_removed(dirs, run_id, spoil):
+    """Not even from the other drive."""
+    spoil(dirs[1] / f"run-{run_id}")
+    before = snapshot(dirs)
+    with pytest.raises(StorageError):
+        remove_run(dirs, run_id)
+    assert snapshot(dirs) == before
+
+
+def test_a_folder_renamed_to_another_run_is_not_removed(dirs, run_id):
+    (dirs[0] / f"run-{run_id}").rename(dirs[0] / f"run-{RUN_ID}")
+    with pytest.raises(CorruptionError, match="belongs to run"):
+        remove_run(dirs[:1], RUN_ID)
+
+
+def test_removing_does_not_follow_a_link(tmp_path, dirs, run_id):
+    shutil.move(dirs[0] / f"run-{run_id}", tmp_path / "kept")
+    (dirs[0] / f"run-{run_id}").symlink_to(tmp_path / "kept")
+    with pytest.raises(StorageError, match="cannot open directory"):
+        remove_run(dirs, run_id)
+    assert (tmp_path / "kept" / "data.bin").exists()
+
+
+def test_a_link_inside_is_removed_and_not_its_target(tmp_path, dirs, run_id):
+    (tmp_path / "target").write_text("keep")
+    os.symlink(tmp_path / "target", dirs[0] / f"run-{run_id}" / "manifest-7")
+    remove_run(dirs, run_id)
+    assert (tmp_path / "target").read_text() == "keep"
+
+
+def test_a_removal_that_was_interrupted_can_be_repeated(dirs, run_id):
+    (dirs[0] / f"run-{run_id}" / "data.bin").unlink()
+    remove_run(dirs[:1], run_id)
+    remove_run(dirs[1:], run_id)
+    assert [path for directory in dirs for path in directory.rglob("*")] == []
