@@ -1,5 +1,4 @@
-// The Python face of the engines: arguments, buffers, exceptions and the GIL; nothing else knows
-// Python.
+// The Python face of the engines: arguments, buffers and the GIL.
 
 #include <fcntl.h>
 #include <pybind11/pybind11.h>
@@ -11,13 +10,13 @@
 #include <limits>
 #include <optional>
 #include <string>
-#include <system_error>
 #include <utility>
 
 #include "aio/crc32c.h"
 #include "aio/engine.h"
 #include "aio/error.h"
 #include "aio/held_buffer.h"
+#include "aio/python_errors.h"
 
 namespace py = pybind11;
 
@@ -31,17 +30,6 @@ constexpr unsigned kMaxQueueDepth = 4096;
 constexpr unsigned kMaxThreads = 256;
 constexpr uint64_t kMinSegment = 4096;
 constexpr uint64_t kMaxSegment = 1ULL << 30;  // an io_uring length has 32 bits
-
-py::str decode_path(const std::string& path) {
-  return py::reinterpret_steal<py::str>(
-      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
-}
-
-std::string encode_path(const py::object& path) {
-  PyObject* encoded = nullptr;
-  if (PyUnicode_FSConverter(path.ptr(), &encoded) == 0) throw py::error_already_set();
-  return py::reinterpret_steal<py::bytes>(encoded);
-}
 
 // Call `step` (without the GIL, at most kSlice long) until it returns true; false when `timeout_s`
 // has passed first. Ctrl-C ends it with KeyboardInterrupt.
@@ -62,32 +50,6 @@ bool wait_interruptibly(std::optional<double> timeout_s, Step step) {
     }
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (Clock::now() >= deadline) return false;
-  }
-}
-
-py::object io_error(const Failure& failure) {
-  return py::module_::import("offload.aio.failures")
-      .attr("io_error")(failure.action, decode_path(failure.path), failure.error,
-                        py::arg("detail") = failure.detail,
-                        py::arg("offset_bytes") = failure.offset,
-                        py::arg("asked_nbytes") = failure.asked_nbytes,
-                        py::arg("got_nbytes") = failure.got_nbytes);
-}
-
-void raise(py::handle error) {
-  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
-}
-
-void translate(std::exception_ptr thrown) {
-  try {
-    if (thrown) std::rethrow_exception(thrown);
-  } catch (const IoError& error) {
-    raise(io_error(error.failure()));
-  } catch (const std::system_error& error) {
-    raise(py::module_::import("offload.errors")
-              .attr("StorageError")(error.what(), py::arg("errno") = error.code().value()));
-  } catch (const StateError& error) {
-    raise(py::module_::import("offload.errors").attr("StateError")(error.what()));
   }
 }
 
@@ -112,11 +74,11 @@ class PyRequest {
 
   uint64_t wait(std::optional<double> timeout_s) {
     if (!wait_interruptibly(timeout_s, [this](auto slice) { return request_->wait_for(slice); })) {
-      raise(py::module_::import("offload.aio.failures")
-                .attr("timeout_error")(request_->op() == Op::kRead ? "read" : "write",
-                                       decode_path(request_->path()), *timeout_s,
-                                       py::arg("offset_bytes") = request_->offset(),
-                                       py::arg("asked_nbytes") = request_->nbytes()));
+      set_error(py::module_::import("offload.aio.failures")
+                    .attr("timeout_error")(request_->op() == Op::kRead ? "read" : "write",
+                                           decode_path(request_->path()), *timeout_s,
+                                           py::arg("offset_bytes") = request_->offset(),
+                                           py::arg("asked_nbytes") = request_->nbytes()));
       throw py::error_already_set();
     }
     releases_->release_all();

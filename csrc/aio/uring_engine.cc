@@ -10,6 +10,7 @@
 #include <future>
 #include <optional>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "aio/engine.h"
@@ -43,7 +44,8 @@ class UringEngine final : public Engine {
       : Engine("uring", queue_depth, segment_nbytes), event_(make_eventfd()) {
     std::promise<void> started;
     std::future<void> outcome = started.get_future();
-    driver_.emplace([this, &started] { drive(started); });
+    // The thread owns the promise: set_value() is still inside it when the wait below ends.
+    driver_.emplace([this, started = std::move(started)]() mutable { drive(started); });
     try {
       outcome.get();  // rethrows what Ring::make threw
     } catch (...) {
@@ -86,7 +88,7 @@ class UringEngine final : public Engine {
       started.set_exception(std::current_exception());
       return;
     }
-    started.set_value();  // the last use of it: the constructor may return now
+    started.set_value();
     run(*state);
     // The poll may still be armed; it goes with the ring and refers to none of our memory.
   }

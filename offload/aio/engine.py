@@ -10,11 +10,13 @@ Invariants, held by the conformance suite in `tests/aio`:
 - The request owns its buffer (holds the buffer-protocol export) until its transfer has ended, also
   when the caller drops the request; dropping a request detaches it, it does not cancel it.
 - Any file offset, size and buffer address is accepted; aligned ones (4 KiB) take the direct path.
-- In flight bytes are bounded by the engine's queue depth.
+- What is in flight is bounded: at most the engine's queue depth of segments. `submit` never waits
+  for I/O; what exceeds the depth is queued, bounded by the buffers that callers have.
 - Requests of one engine may complete in any order. Two requests in flight that overlap in one file,
   one of them a write, have an undefined result: wait for the first.
 
-Thread rule: every method may be called from any thread; the GIL is released while waiting.
+Thread rule: every method may be called from any thread; the GIL is released while waiting, and
+Ctrl-C ends a wait (the request goes on). Engines and files belong to the process that opened them.
 """
 
 from __future__ import annotations
@@ -118,8 +120,12 @@ class Engine(Protocol):
             nbytes: bytes to transfer; the whole buffer when None. Zero is a request that is done.
 
         Raises:
-            ValueError: a negative offset or a buffer smaller than `nbytes`.
-            StateError: the engine or the file is closed, or this process is a fork of the opener.
+            ValueError: a negative offset, or a buffer smaller than `nbytes`.
+            BufferError: the buffer is not contiguous, or is read-only and `op` is `read`. (numpy raises
+                ValueError for its own arrays.)
+            TypeError: `file` was opened by another kind of engine.
+            StateError: the engine or the file is closed, the file is open for reading only and `op` is
+                `write`, or this process is a fork of the opener.
         """
 
     def sync(self, file: File) -> None:

@@ -7,7 +7,9 @@ a pool of threads that aiofiles runs the system calls on; it keeps every promise
 Thread rule: any thread may call any method. State of the loop (slots, tasks) is touched on the loop's
 thread only. The system calls run without the GIL.
 
-It does not use O_DIRECT, and needs `os.preadv` (Linux, macOS, BSD).
+It does not use O_DIRECT. Python's thread pools end before anything could wait for them, so requests
+still in flight when the interpreter ends may fail (ECANCELED); close the engine first. It needs
+`os.preadv` (Linux, macOS, BSD).
 """
 
 from __future__ import annotations

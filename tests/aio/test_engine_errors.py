@@ -169,6 +169,18 @@ def test_a_fifo_is_refused_without_blocking(engine: Engine, tmp_path: Path, mode
         engine.open(str(tmp_path / "fifo"), mode)
 
 
+def test_descriptors_block_and_end_with_exec(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    with engine.open(str(path), "x+") as file:
+        numbers = [entry.name for entry in Path("/proc/self/fd").iterdir() if entry.resolve() == path]
+        assert len(numbers) == (2 if file.direct else 1)
+        for number in numbers:
+            info = Path(f"/proc/self/fdinfo/{number}").read_text()
+            flags = int(info.split("flags:")[1].split()[0], 8)
+            assert not flags & os.O_NONBLOCK  # io_uring would answer EAGAIN on some file systems
+            assert flags & os.O_CLOEXEC
+
+
 def test_a_directory_is_refused(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught:
         engine.open(str(tmp_path))
