@@ -6,7 +6,7 @@ import pytest
 
 # Not needed to attach a model, train it and export it: the extras, and what only the commands use.
 OPTIONAL = ("accelerate", "gguf", "jinja2", "transformers")
-COMMANDS_ONLY = ("pydantic", "rich", "tqdm", "typer", "yaml")
+COMMANDS_ONLY = ("psutil", "pydantic", "rich", "tqdm", "typer", "yaml")
 
 BLOCK = """
 import sys
