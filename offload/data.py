@@ -26,7 +26,7 @@ import torch
 
 from .errors import ConfigError
 
-__all__ = ["Batches", "Rows", "find_files", "pack_rows", "read_texts", "split_rows"]
+__all__ = ["Batches", "Rows", "find_files", "pack_rows", "read_texts", "shuffled", "split_rows"]
 
 # What a directory is searched for; a file named by the user may end otherwise.
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")

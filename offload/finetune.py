@@ -36,7 +36,7 @@ from .hf import PretrainedSource, load_tokenizer, open_pretrained
 from .optim import AdamWOptions
 from .options import RuntimeOptions
 from .output import OutputDirectory, RunPointer
-from .progress import Progress, StepReport
+from .progress import Progress, StepReport, format_amount
 from .runtime import Runtime
 from .signals import StopRequest
 from .sizes import format_bytes, format_time
@@ -159,7 +159,8 @@ def _prepare(config: FinetuneConfig, output: OutputDirectory, stack: ExitStack) 
         learning_rate=learning_rates(config, num_steps),
         identity={
             "model_name_or_path": str(config.model_name_or_path.resolve()),
-            "data_sha256": rows.fingerprint,
+            "data": f"sha256 {rows.fingerprint[:16]}",
+            "max_length": config.max_length,
             "val_size": config.val_size,
             "rows_per_step": config.rows_per_step,
             "seed": config.seed,
@@ -373,7 +374,7 @@ def _report(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Prog
             f"{format_time(seconds)}, {rate:,.0f} tokens/s"
         )
         progress.line(
-            f"per step: {read / 1e9:.2f} GB read, {written / 1e9:.2f} GB written "
+            f"per step: {format_amount(read)} read, {format_amount(written)} written "
             f"({read / job.numel:.1f} and {written / job.numel:.1f} bytes per parameter)"
         )
     stats = runtime.stats()

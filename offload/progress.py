@@ -20,11 +20,14 @@ from tqdm import tqdm
 
 from .sizes import format_rate, format_time
 
-__all__ = ["Progress", "StepReport"]
+__all__ = ["Progress", "StepReport", "format_amount"]
 
 # Rates and the remaining time come from the last steps, not from the slow first ones: half the weight
 # is on the last five.
 SMOOTHING = 0.13
+
+# Between the lines of a phase without a terminal: often enough to see that it lives.
+PHASE_LINE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +90,10 @@ class Progress:
     def phase(self, title: str) -> Iterator[Callable[[int, int], None]]:
         """Show a phase that moves bytes; gives a function to call with (bytes done, bytes in all).
 
-        A line with the total and the rate is printed at the end, and every tenth without a terminal.
+        A line with the total and the rate is printed at the end, and now and then without a terminal.
         """
         began_s = monotonic()
-        seen = _Seen()
+        seen = _Seen(line_s=began_s)
         bar: Any = None
 
         def moved(done_nbytes: int, total_nbytes: int) -> None:
@@ -102,10 +105,10 @@ class Progress:
             if bar is not None:
                 bar.update(done_nbytes - seen.done_nbytes)
             seen.done_nbytes = done_nbytes
-            tenth = 10 * done_nbytes // max(1, total_nbytes)
-            if not self._terminal and tenth > seen.tenth and tenth < 10:
-                self._echo(f"{title}: {10 * tenth} % of {total_nbytes / 1e9:.2f} GB")
-            seen.tenth = max(seen.tenth, tenth)
+            now_s = monotonic()
+            if not self._terminal and now_s - seen.line_s >= PHASE_LINE_S and done_nbytes < total_nbytes:
+                self._echo(f"{title}: {100 * done_nbytes // total_nbytes} % of {format_amount(total_nbytes)}")
+                seen.line_s = now_s
 
         try:
             yield moved
@@ -114,7 +117,7 @@ class Progress:
                 bar.close()
         seconds = monotonic() - began_s
         rate = format_rate(seen.done_nbytes / max(seconds, 1e-9))
-        self._echo(f"{title}: {seen.done_nbytes / 1e9:.2f} GB in {format_time(seconds)}, {rate}")
+        self._echo(f"{title}: {format_amount(seen.done_nbytes)} in {format_time(seconds)}, {rate}")
 
     @contextmanager
     def training(self, first_step: int) -> Iterator[None]:
@@ -165,10 +168,19 @@ class Progress:
         return self._rates[name]
 
 
+def format_amount(nbytes: float) -> str:
+    """Return bytes moved in GB, or in MB when they are few; moved bytes are counted in powers of ten.
+
+    >>> format_amount(1.6e9), format_amount(2.5e6)
+    ('1.60 GB', '2.5 MB')
+    """
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
 @dataclass(slots=True)
 class _Seen:
+    line_s: float
     done_nbytes: int = 0
-    tenth: int = 0
 
 
 def _print(text: str) -> None:

@@ -14,7 +14,7 @@ import typer
 from ..config import ALIASES, ELSEWHERE, GROUPS, FinetuneConfig, load_config
 from ..errors import ConfigError
 
-__all__ = ["finetune_command"]
+__all__ = ["finetune_command", "run"]
 
 HELP = """Fine-tune every parameter of a local model whose state need not fit in memory.
 
