@@ -29,7 +29,7 @@ from .plan import MemoryPlan, plan_memory
 from .records import RecordSet, record_sets, store_records
 from .residents import ResidentRecords
 from .rng import DeviceRng, capture_rng, restore_rng
-from .runtime import Parts, Progress, Runtime
+from .runtime import Committed, Parts, Runtime
 from .schedule import Schedule, completion_order
 from .sizes import MIB
 from .sources import ModuleSource, WeightSource
@@ -162,7 +162,7 @@ def _build(
     trains: Mapping[str, tuple[str, ...]],
     trace: Tracer,
     undo: contextlib.ExitStack,
-) -> tuple[Parts, Progress]:
+) -> tuple[Parts, Committed]:
     closers: list[Any] = []
 
     def own(part: Any) -> Any:
@@ -195,7 +195,7 @@ def _build(
         trace=trace,
     )
     undo.callback(transfer.close)
-    progress = Progress(0 if store is None else _step_of(store), 0 if store is None else store.generation)
+    progress = Committed(0 if store is None else _step_of(store), 0 if store is None else store.generation)
     updater = Updater(
         records=records,
         host=host,
@@ -288,7 +288,7 @@ def _step_of(store: Store) -> int:
     return step
 
 
-def _recover(parts: Parts, progress: Progress) -> Mapping[str, Any]:
+def _recover(parts: Parts, progress: Committed) -> Mapping[str, Any]:
     store = parts.store
     assert store is not None
     if store.generation == 0:

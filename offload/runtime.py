@@ -47,7 +47,7 @@ from .trace import Tracer
 from .transfer import Transfer, WeightsOnDevice
 from .units import Unit
 
-__all__ = ["Parts", "Runtime", "RuntimeStats"]
+__all__ = ["Committed", "Parts", "Runtime", "RuntimeStats"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Parts:
     closers: list[Any] = field(default_factory=list)
 
 
-class Progress:
+class Committed:
     """How far updates and commits have come; written by the update thread, read by any."""
 
     def __init__(self, step: int, generation: int) -> None:
@@ -112,7 +112,7 @@ class Progress:
 class Runtime:
     """A model attached to the tiers; see the module. Made by `offload.attach`."""
 
-    def __init__(self, parts: Parts, progress: Progress, state: Mapping[str, Any]) -> None:
+    def __init__(self, parts: Parts, progress: Committed, state: Mapping[str, Any]) -> None:
         self._parts = parts
         self._progress = progress
         self._state = state

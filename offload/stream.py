@@ -33,10 +33,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .activations import Activations, SavedTensor
-from .errors import StateError
 from .gradients import GradientBuffer
 from .records import RecordSet
 from .rng import DeviceRng
+from .rows import cut, join, join_gradient, micro_batches
 from .schedule import Pass, Phase, Visit
 from .trace import Tracer
 from .transfer import WeightsOnDevice
@@ -154,7 +154,7 @@ class StreamedUnit:
         leaves, tree = pytree.tree_flatten((args, kwargs))
         indices = tuple(index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
         tensors = [leaves[index] for index in indices]
-        batch, cuts = _cut_rows(tensors, self._host.rows)
+        batch, cuts = micro_batches(tensors, self._host.rows)
         call = _Call(
             tree=tree,
             leaves=[None if index in indices else leaf for index, leaf in enumerate(leaves)],
@@ -209,10 +209,10 @@ class StreamedUnit:
             for start, stop in call.cuts:
                 call.rng.append(host.rng.get())
                 with host.trace.span(self.unit.name, "compute", phase="forward", row=start):
-                    result = self._original_on(call, _cut(tensors, call.batch, start, stop))
+                    result = self._original_on(call, cut(tensors, call.batch, start, stop))
                 parts.append(_tensor_leaves(call, result))
         host.expect_backward(self.unit)
-        return [_join(pieces, call) for pieces in zip(*parts, strict=True)]
+        return [join(pieces, call.batch, call.cuts) for pieces in zip(*parts, strict=True)]
 
     # -- backward ----------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class StreamedUnit:
         for saved in call.saved.values():
             host.activations.drop(saved)
         return [
-            _join_gradient(pieces, tensor, call) if wants else None
+            join_gradient(pieces, tensor, call.batch) if wants else None
             for pieces, tensor, wants in zip(gradients, inputs, call.wants_grad, strict=True)
         ]
 
@@ -260,13 +260,13 @@ class StreamedUnit:
     ) -> list[torch.Tensor | None]:
         leaves = [
             None if tensor is None else tensor.detach().requires_grad_(wants)
-            for tensor, wants in zip(_cut(inputs, call.batch, start, stop), call.wants_grad, strict=True)
+            for tensor, wants in zip(cut(inputs, call.batch, start, stop), call.wants_grad, strict=True)
         ]
         with torch.enable_grad():
             outputs = _tensor_leaves(call, self._original_on(call, leaves))
         pairs = [
             (output, grad)
-            for output, grad in zip(outputs, _cut(grad_outputs, call.batch, start, stop), strict=True)
+            for output, grad in zip(outputs, cut(grad_outputs, call.batch, start, stop), strict=True)
             if output.requires_grad and grad is not None
         ]
         if pairs:
@@ -370,56 +370,3 @@ def _is_cache(value: Any) -> bool:
 def _split_path(module: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:
     prefix, _, name = path.rpartition(".")
     return (module.get_submodule(prefix) if prefix else module), name
-
-
-def _cut_rows(
-    tensors: Sequence[torch.Tensor], rows: int | None
-) -> tuple[int | None, tuple[tuple[int, int], ...]]:
-    """Return the batch size and the micro-batches of `rows` rows each.
-
-    The batch is the first dimension of the first tensor argument with two dimensions or more; every
-    such tensor of that size is cut. One-dimensional tensors (positions) are passed on whole.
-    """
-    batch = next((tensor.shape[0] for tensor in tensors if tensor.dim() >= 2), None)
-    if batch is None or rows is None or batch <= rows:
-        return None, ((0, 0),)
-    return batch, tuple((start, min(start + rows, batch)) for start in range(0, batch, rows))
-
-
-def _cut(
-    tensors: Sequence[torch.Tensor | None], batch: int | None, start: int, stop: int
-) -> list[torch.Tensor | None]:
-    return [
-        tensor[start:stop]
-        if tensor is not None and batch is not None and tensor.dim() >= 2 and tensor.shape[0] == batch
-        else tensor
-        for tensor in tensors
-    ]
-
-
-def _join(pieces: Sequence[torch.Tensor], call: _Call) -> torch.Tensor:
-    if call.batch is None:
-        return pieces[0]
-    sizes = [stop - start for start, stop in call.cuts]
-    if any(piece.dim() < 2 or piece.shape[0] != size for piece, size in zip(pieces, sizes, strict=True)):
-        raise StateError(
-            f"cannot cut the batch of {call.batch} rows: a unit returned shape {tuple(pieces[0].shape)} for"
-            f" {sizes[0]} rows; attach with rows=None for this model"
-        )
-    return torch.cat(list(pieces))
-
-
-def _join_gradient(
-    pieces: Sequence[torch.Tensor], tensor: torch.Tensor | None, call: _Call
-) -> torch.Tensor | None:
-    if not pieces or tensor is None:
-        return None
-    if call.batch is None:
-        return pieces[0]
-    if tensor.dim() >= 2 and tensor.shape[0] == call.batch:
-        return torch.cat(list(pieces))
-    # Passed on whole: every micro-batch adds to its gradient.
-    total = pieces[0]
-    for piece in pieces[1:]:
-        total = total + piece
-    return total

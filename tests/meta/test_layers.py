@@ -41,6 +41,7 @@ LAYERS = (
     "gradients",
     "transfer",
     "activations",
+    "rows",
     "stream",
     "optim",
     "options",
