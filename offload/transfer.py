@@ -368,9 +368,8 @@ class Transfer:
         for ticket in copy.tickets:
             ticket.wait()
         if copy.tickets:
-            self._trace.add(
-                "disk read", copy.owner, copy.issued_s, time.perf_counter(), nbytes=record.host_nbytes
-            )
+            ended_s = max(ticket.finished_s or copy.issued_s for ticket in copy.tickets)
+            self._trace.add("disk read", copy.owner, copy.issued_s, ended_s, nbytes=record.host_nbytes)
             self._trace.count("disk_read_nbytes", record.host_nbytes)
         copy.device = self._lease(self._device_pool, record.device_nbytes, copy.owner, block=True)
         began_s = time.perf_counter()

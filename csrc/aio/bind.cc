@@ -90,6 +90,12 @@ class PyRequest {
     return request_->done();
   }
 
+  // Seconds on the clock of time.perf_counter(), which is the steady clock on Linux.
+  std::optional<double> finished_s() const {
+    if (!request_->done()) return std::nullopt;
+    return std::chrono::duration<double>(request_->finished_at().time_since_epoch()).count();
+  }
+
  private:
   std::shared_ptr<Request> request_;
   std::shared_ptr<ReleaseList> releases_;
@@ -278,7 +284,8 @@ PYBIND11_MODULE(_aio, m) {
 
   py::class_<PyRequest>(m, "Request", "A transfer in flight; see offload.aio.Request.")
       .def("wait", &PyRequest::wait, py::arg("timeout_s") = py::none())
-      .def("done", &PyRequest::done);
+      .def("done", &PyRequest::done)
+      .def_property_readonly("finished_s", &PyRequest::finished_s);
 
   py::class_<PyEngine>(m, "Engine", "The uring or threads engine; see offload.aio.Engine.")
       .def(py::init<const std::string&, unsigned, uint64_t, unsigned, bool>(), py::arg("name"),

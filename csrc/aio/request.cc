@@ -39,6 +39,7 @@ uint64_t Request::result() const {
 }
 
 void Request::finish() noexcept {
+  finished_at_ = std::chrono::steady_clock::now();
   keeper_.reset();
   pin_.release();
   const std::lock_guard lock(mutex_);

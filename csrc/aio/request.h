@@ -32,6 +32,9 @@ class Request {
   // Whether the transfer has ended, in success or failure.
   bool done() const noexcept { return done_.load(std::memory_order_acquire); }
 
+  // When the transfer ended. Only after done().
+  std::chrono::steady_clock::time_point finished_at() const noexcept { return finished_at_; }
+
   // Wait up to `timeout` for the end; return done(). Throws StateError in a forked child, where
   // nobody is left to finish it.
   bool wait_for(std::chrono::nanoseconds timeout);
@@ -64,6 +67,7 @@ class Request {
 
   std::mutex mutex_;
   std::condition_variable finished_;
+  std::chrono::steady_clock::time_point finished_at_{};  // published by done_
   std::atomic<bool> done_{false};
 };
 

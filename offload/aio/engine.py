@@ -85,6 +85,10 @@ class Request(Protocol):
     def done(self) -> bool:
         """Return whether the transfer has ended, in success or failure, without blocking."""
 
+    @property
+    def finished_s(self) -> float | None:
+        """When the transfer ended, in `time.perf_counter()` seconds; None while it is in flight."""
+
 
 class Engine(Protocol):
     """Submits reads and writes; see the module for what it promises."""

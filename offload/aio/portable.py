@@ -20,6 +20,7 @@ import errno
 import math
 import os
 import threading
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -50,7 +51,9 @@ class PortableRequest:
         self._offset = file_offset
         self._nbytes = nbytes
         self._pid = os.getpid()
+        self._finished_s: float | None = None
         self._future: concurrent.futures.Future[int] = concurrent.futures.Future()
+        self._future.add_done_callback(self._note_the_end)
 
     def wait(self, timeout_s: float | None = None) -> int:
         if timeout_s is not None and math.isnan(timeout_s):
@@ -72,6 +75,13 @@ class PortableRequest:
 
     def done(self) -> bool:
         return self._future.done()
+
+    @property
+    def finished_s(self) -> float | None:
+        return self._finished_s
+
+    def _note_the_end(self, _: concurrent.futures.Future[int]) -> None:
+        self._finished_s = time.perf_counter()
 
     def finish(self, outcome: int | Exception) -> None:
         """Set the outcome; the engine calls this once."""

@@ -96,7 +96,8 @@ class ChunkPipeline:
         assert self._taken is None, "the chunk before was not written back"
         staged = self._taken = self._next_staged(owner, chunk)
         staged.ticket.wait()
-        self._trace.add("disk read", owner, staged.issued_s, time.perf_counter(), nbytes=chunk.nbytes)
+        ended_s = staged.ticket.finished_s or staged.issued_s
+        self._trace.add("disk read", owner, staged.issued_s, ended_s, nbytes=chunk.nbytes)
         self._trace.count("disk_read_nbytes", chunk.nbytes)
         # Keep the drive busy while this chunk is computed.
         self._read_next()
@@ -206,9 +207,8 @@ class ChunkPipeline:
             write = self._writes[0]
             write.ticket.wait()
             self._writes.popleft()
-            self._trace.add(
-                "disk write", write.owner, write.issued_s, time.perf_counter(), nbytes=write.nbytes
-            )
+            ended_s = write.ticket.finished_s or write.issued_s
+            self._trace.add("disk write", write.owner, write.issued_s, ended_s, nbytes=write.nbytes)
             if write.completes:
                 self._on_landed(write.owner, write.lease)
             else:

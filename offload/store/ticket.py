@@ -78,6 +78,7 @@ class Ticket:
         self._parts: tuple[Part, ...] = ()
         self._num_ended = 0
         self._settled = False
+        self._finished_s: float | None = None
         self._error: BaseException | None = None
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -100,6 +101,7 @@ class Ticket:
             self._end(parts[index], deadline)
             self._num_ended = max(self._num_ended, index + 1)
         self._settled = True
+        self._note_the_end()
         self._parts = ()
         if self._error is not None:
             raise self._error
@@ -107,6 +109,15 @@ class Ticket:
     def done(self) -> bool:
         """Return whether every transfer has ended, in success or failure, without blocking."""
         return self._begun.is_set() and all(part.request.done() for part in self._parts)
+
+    @property
+    def finished_s(self) -> float | None:
+        """When the last transfer ended, in `time.perf_counter()` seconds; None before `wait` returned."""
+        return self._finished_s
+
+    def _note_the_end(self) -> None:
+        ends = [end for part in self._parts if (end := part.request.finished_s) is not None]
+        self._finished_s = max(ends, default=self._finished_s)
 
     def has_ended(self) -> bool:
         """Return whether nothing of it is in flight, noting a write's failure; never blocks."""
@@ -125,6 +136,7 @@ class Ticket:
                     part.request.wait()
         self._settled = True
         if self.is_write:
+            self._note_the_end()
             self._parts = ()  # Nothing is left to verify, so the buffer need not be held.
 
     def start(self, parts: Sequence[Part]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -211,3 +212,13 @@ def test_sync_returns_after_waited_writes(engine: Engine, tmp_path: Path) -> Non
 def test_direct_is_what_the_engine_was_asked_for(make_engine: Callable[..., Engine], tmp_path: Path) -> None:
     with make_engine(direct=False) as engine, engine.open(str(tmp_path / "data"), "x+") as file:
         assert file.direct is False
+
+
+def test_finished_s_lies_between_submit_and_wait(engine: Engine, tmp_path: Path) -> None:
+    with engine.open(str(tmp_path / "data"), "x+") as file:
+        began_s = time.perf_counter()
+        request = engine.submit("write", file, bytes(SEGMENT_NBYTES), 0)
+        request.wait()
+        finished_s = request.finished_s
+        assert finished_s is not None
+        assert began_s <= finished_s <= time.perf_counter()

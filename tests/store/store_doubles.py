@@ -70,6 +70,10 @@ class PlainRequest:
     def done(self) -> bool:
         return self._result is not None
 
+    @property
+    def finished_s(self) -> float | None:
+        return 0.0 if self.done() else None
+
 
 class PlainEngine:
     """Every transfer at once, with pread and pwrite."""
