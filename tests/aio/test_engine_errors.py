@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import QUEUE_DEPTH, SEGMENT_NBYTES, Drive, aligned, pattern
+from engine_workbench import QUEUE_DEPTH, SEGMENT_NBYTES, Drive, aligned, pattern
 
 from offload.aio import Engine
 from offload.errors import DiskFullError, RequestTimeoutError, StateError, StorageError

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SEGMENT_NBYTES, Drive, aligned, pattern
+from engine_workbench import SEGMENT_NBYTES, Drive, aligned, pattern
 
 from offload.aio import Engine
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUEUE_DEPTH, SEGMENT_NBYTES, aligned, pattern
+from engine_workbench import QUEUE_DEPTH, SEGMENT_NBYTES, aligned, pattern
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
