@@ -24,8 +24,6 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from aiofiles.os import wrap
-
 from offload.aio.engine import File, Op, OpenMode
 from offload.aio.failures import io_error, timeout_error
 from offload.aio.portable_file import PortableFile
@@ -35,11 +33,20 @@ from offload.sizes import MIB
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+# Empty when aiofiles is installed. The portable engine is the last resort; a machine where the
+# extension was built works without it.
+missing_reason: str = ""
+try:
+    from aiofiles.os import wrap
+except ImportError as error:
+    missing_reason = f"aiofiles is not installed ({error})"
+else:
+    _preadv = wrap(os.preadv)
+    _pwritev = wrap(os.pwritev)
+
 __all__ = ["PortableEngine", "PortableRequest"]
 
 _MAX_RETRIES = 64
-_preadv = wrap(os.preadv)
-_pwritev = wrap(os.pwritev)
 
 
 class PortableRequest:

@@ -16,9 +16,8 @@ import weakref
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from offload.aio import native
+from offload.aio import native, portable
 from offload.aio.engine import Engine, EngineName
-from offload.aio.portable import PortableEngine
 from offload.errors import ConfigError, PlanError, StorageError
 from offload.sizes import MIB
 
@@ -110,7 +109,11 @@ def _make(
 ) -> Engine | str:
     """Return the engine, or the reason why there is none."""
     if name == "portable":
-        return PortableEngine(queue_depth=queue_depth, segment_nbytes=segment_nbytes, threads=threads)
+        if portable.missing_reason:
+            return portable.missing_reason
+        return portable.PortableEngine(
+            queue_depth=queue_depth, segment_nbytes=segment_nbytes, threads=threads
+        )
     if native.missing_reason:
         return native.missing_reason
     try:
