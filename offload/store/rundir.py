@@ -202,6 +202,10 @@ class RunDirectory:
             if error.errno != errno.ENOENT:
                 raise
 
+    def is_blank(self) -> bool:
+        """Return whether nothing lies here but what creating a run begins or removing one ends with."""
+        return set(self.names()) <= {LOCK_NAME, OWNER_NAME + ".tmp"}
+
     def check_removable(self) -> None:
         """Check that the folder holds nothing but what a run has.
 

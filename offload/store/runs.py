@@ -69,7 +69,9 @@ def remove_run(directories: Sequence[str | os.PathLike[str]], run_id: str) -> No
         for directory in directories:
             folders.append(RunDirectory.open(os.path.abspath(directory), UUID(run_id)))
             stack.callback(folders[-1].close)
-            folders[-1].read_owner()
+            # A process that ended while it made or removed the run left no proof, and nothing to lose.
+            if not folders[-1].is_blank():
+                folders[-1].read_owner()
             folders[-1].check_removable()
         for folder in folders:
             folder.acquire()

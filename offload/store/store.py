@@ -287,12 +287,7 @@ class Store:
             with self._lock:
                 self._check_poison("be committed")
                 manifest = self._next_manifest(state)
-            data, checksum = encode_manifest(manifest)
-            self._make_durable(manifest.generation, data)
-            with self._lock:
-                self._base, self._parent = manifest, checksum
-                for record in self._records.values():
-                    record.commit()
+            self._make_durable(manifest)
         finally:
             self._committing = False
         manifests.prune([drive.folder for drive in self._drives], manifest.generation)
@@ -396,27 +391,33 @@ class Store:
             state=state,
         )
 
-    def _make_durable(self, generation: int, data: bytes) -> None:
-        """Sync the data, then publish the manifest; poisoned for good when it stops on the way.
+    def _make_durable(self, manifest: Manifest) -> None:
+        """Sync the data, publish the manifest, go on from it; poisoned for good when it stops on the way.
 
         A failed sync may have dropped what it should have written and cannot be tried again. After the
         first rename the new generation may be found by the next opening, so its extents must not be
         written any more. Only a manifest that found no room has changed nothing.
         """
+        data, checksum = encode_manifest(manifest)
         folders = [drive.folder for drive in self._drives]
         has_room = True
         try:
             for drive in self._drives:
                 self._engine.sync(drive.file)
             try:
-                manifests.stage(folders, generation, data)
+                manifests.stage(folders, manifest.generation, data)
             except DiskFullError:
                 has_room = False
                 raise
-            manifests.publish(folders, generation)
+            manifests.publish(folders, manifest.generation)
+            # Still inside: an interrupt here must not leave us building on the generation before.
+            with self._lock:
+                self._base, self._parent = manifest, checksum
+                for record in self._records.values():
+                    record.commit()
         except BaseException as error:
             if has_room:
-                reason = f"the commit of generation {generation} did not complete: {error}"
+                reason = f"the commit of generation {manifest.generation} did not complete: {error!r}"
                 self._poison = _Poison(reason, error, permanent=True)
             raise
 

@@ -217,6 +217,18 @@ def test_a_failed_sync_is_not_forgotten_by_a_rollback(dirs, journal):
             store.commit({"step": 1})
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_failed_sync_of_a_manifest_ends_the_run_until_it_is_opened_again(dirs, journal, number):
+    with create(dirs, journal) as store:
+        build(store, 1)
+        journal.errno = number
+        journal.fail_at = len(journal.ops) + 4  # two data files, a manifest created and written
+        with pytest.raises(StorageError, match=r"injected at fsync .*manifest-1\.tmp"):
+            store.commit({"step": 1})
+        with pytest.raises(StateError, match="open it again"):
+            store.commit({"step": 1})
+
+
 def test_a_commit_that_stopped_between_two_drives_ends_the_run_until_it_is_opened_again(dirs, journal):
     """One drive holds the new manifest already, so its extents must not be written again."""
     with create(dirs, journal) as store:
@@ -248,6 +260,7 @@ def test_a_commit_without_room_for_its_manifest_may_be_tried_again(dirs, journal
         with pytest.raises(DiskFullError, match="injected at content"):
             store.commit({"step": 2})
         assert store.generation == 1
+        assert [path.name for path in dirs[0].rglob("*.tmp")] == []
         assert read_all(store) == {**expected(1), "w": expected(2)["w"], "o": expected(2)["o"]}
         assert store.commit({"step": 2}) == 2
     with reopened(dirs, journal, run_id) as store:

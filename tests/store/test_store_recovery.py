@@ -270,3 +270,14 @@ def test_a_pipe_in_place_of_a_manifest_does_not_hang(dirs, engine, run_id):
 def test_no_directories_are_refused(engine, run_id):
     with pytest.raises(ValueError, match="name the directories"):
         Store.open([], engine=engine, run_id=run_id)
+
+
+def test_a_staged_leftover_stays_when_opening_and_goes_with_the_next_commit(dirs, engine, run_id):
+    staged = folder(dirs[1], run_id) / "manifest-9.tmp"
+    staged.write_bytes(b"half of it")
+    staged.chmod(0o600)
+    with Store.open(dirs, engine=engine, run_id=run_id) as store:
+        assert store.generation == 3
+        assert staged.exists()
+        store.commit({})
+        assert not staged.exists()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 
 import pytest
 from store_content import write_all
 
 from offload.errors import CorruptionError, LockedError, StorageError
-from offload.store import Store, list_runs, remove_run
+from offload.store import Store, files, list_runs, remove_run
 
 RUN_ID = "00010203-0405-4607-8809-0a0b0c0d0e0f"
 
@@ -139,8 +140,41 @@ def test_a_link_inside_is_removed_and_not_its_target(tmp_path, dirs, run_id):
     assert (tmp_path / "target").read_text() == "keep"
 
 
-def test_a_removal_that_was_interrupted_can_be_repeated(dirs, run_id):
-    (dirs[0] / f"run-{run_id}" / "data.bin").unlink()
-    remove_run(dirs[:1], run_id)
-    remove_run(dirs[1:], run_id)
-    assert [path for directory in dirs for path in directory.rglob("*")] == []
+def test_a_removal_interrupted_anywhere_can_be_repeated(dirs, specs, engine, monkeypatch):
+    unlink, remove_directory = files.unlink, files.remove_directory
+    calls = []
+
+    def interrupted(call, limit):
+        def checked(*arguments):
+            calls.append(arguments)
+            if len(calls) == limit:
+                raise StorageError("interrupted")
+            call(*arguments)
+
+        return checked
+
+    limit = 0
+    while limit <= len(calls):
+        with Store.create(dirs, specs, engine=engine) as store:
+            pass
+        calls.clear()
+        limit += 1
+        monkeypatch.setattr(files, "unlink", interrupted(unlink, limit))
+        monkeypatch.setattr(files, "remove_directory", interrupted(remove_directory, limit))
+        with suppress(StorageError):
+            remove_run(dirs, store.run_id)
+        monkeypatch.undo()
+        for directory in dirs:
+            if list_runs(directory):
+                remove_run([directory], store.run_id)
+        assert [path for directory in dirs for path in directory.rglob("*")] == []
+    assert limit > 10
+
+
+def test_what_a_creation_began_can_be_removed(dirs):
+    folder = dirs[0] / f"run-{RUN_ID}"
+    folder.mkdir(mode=0o700)
+    (folder / "OFFLOAD_RUN.tmp").write_text("half")
+    (folder / "lock").touch(mode=0o600)
+    remove_run(dirs[:1], RUN_ID)
+    assert not folder.exists()
