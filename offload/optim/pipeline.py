@@ -169,10 +169,12 @@ class ChunkPipeline:
         if lease is None:
             return False
         view = self._host.view(lease, 0, chunk.nbytes)
+        # Before it is submitted: a small read may end before the call returns.
+        issued_s = time.perf_counter()
         ticket = self._store.read(
             record.name("optimizer"), view, offset=chunk.offset_bytes, nbytes=chunk.nbytes
         )
-        self._staged.append(_Staged(owner, chunk, lease, ticket, time.perf_counter()))
+        self._staged.append(_Staged(owner, chunk, lease, ticket, issued_s))
         self._next_chunk += 1
         if self._next_chunk == len(chunks):
             self._next_record, self._next_chunk = self._next_record + 1, 0
@@ -194,10 +196,11 @@ class ChunkPipeline:
 
     def _write(self, owner: str, kind: RecordKind, memory: memoryview, offset: int, lease: Lease) -> None:
         name = self._records[owner].name(kind)
+        issued_s = time.perf_counter()
         ticket = self._store.write(name, memory, offset=offset, nbytes=len(memory))
         self._trace.count("disk_written_nbytes", len(memory))
         completes = kind == "weights"
-        self._writes.append(_Write(owner, ticket, lease, len(memory), time.perf_counter(), completes))
+        self._writes.append(_Write(owner, ticket, lease, len(memory), issued_s, completes))
 
     def _finish(self, *, down_to: int | None) -> None:
         """Wait for the oldest writes until `down_to` are left; None: collect those that are done."""

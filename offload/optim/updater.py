@@ -34,6 +34,10 @@ from .pipeline import ChunkPipeline
 
 __all__ = ["Update", "Updater"]
 
+# What the update thread turns into the runtime's error. One that got past would end the thread, and
+# `drain` would wait for it for ever.
+_FAILURES = (OffloadError, OSError, RuntimeError, ValueError, MemoryError)
+
 
 @dataclass(frozen=True)
 class Update:
@@ -183,7 +187,7 @@ class Updater:
         """Use idle time: read ahead, else wait for the oldest write; False when there is neither."""
         try:
             return self._pipeline is not None and self._pipeline.advance()
-        except OffloadError as error:
+        except _FAILURES as error:
             self._fail(error)
             return False
 
@@ -192,7 +196,7 @@ class Updater:
             if self._pipeline is not None:
                 self._pipeline.finish_writes()
                 self._pipeline.restart(())
-        except OffloadError as error:
+        except _FAILURES as error:
             self._fail(error)
 
     def _settle(self) -> None:
@@ -206,7 +210,7 @@ class Updater:
                 self._update(item)
             else:
                 self._finish_step(item)
-        except (OffloadError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        except _FAILURES as error:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
