@@ -98,8 +98,7 @@ def finetune(config: FinetuneConfig, *, echo: Callable[[str], None] | None = Non
         job = _prepare(config, output, stack)
         progress = Progress(num_steps=job.num_steps, logging_steps=config.logging_steps, echo=echo)
         tracer = Tracer(enabled=config.trace is not None)
-        runtime, pointer = _start(job, output, progress, tracer)
-        stack.enter_context(runtime)
+        runtime, pointer = _start(job, output, progress, tracer, stack)
         if config.trace is not None:
             stack.callback(_write_trace, tracer, config.trace, progress)
         exit_code = _train(job, runtime, output, progress)
@@ -195,7 +194,7 @@ def _check_fits(model: torch.nn.Module, rows: Rows, config: FinetuneConfig) -> N
 
 
 def _start(
-    job: _Job, output: OutputDirectory, progress: Progress, tracer: Tracer
+    job: _Job, output: OutputDirectory, progress: Progress, tracer: Tracer, stack: ExitStack
 ) -> tuple[Runtime, RunPointer]:
     """Attach the model to the run in the output directory, or to a new one."""
     pointer = output.pointer()
@@ -205,7 +204,7 @@ def _start(
         pointer = None
     if pointer is not None:
         output.check_same(pointer, job.identity)
-        runtime = attach(job.model, _options(job, pointer, resume=True), trace=tracer)
+        runtime = stack.enter_context(attach(job.model, _options(job, pointer, resume=True), trace=tracer))
         output.save_config(job.config)
         output.cut_metrics(runtime.global_step)
         progress.line(f"resuming run {pointer.run_id} at step {runtime.global_step} of {job.num_steps}")
@@ -226,6 +225,7 @@ def _start(
         except BaseException:
             output.abandon(pointer)
             raise
+        stack.enter_context(runtime)
     pointer = output.mark_imported(pointer, job.disk)
     return runtime, pointer
 
