@@ -1,0 +1,96 @@
+"""Every benchmark runs, at toy size, and keeps what it measured; the figures are not judged here."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from offload.errors import DiskFullError
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py"))
+RESULTS = sorted(path for path in (BENCHMARKS / "results").glob("*/*") if path.is_dir())
+
+SMALL = ["--shape", "toy", "--host-memory", "64MiB", "--device-memory", "64MiB"]
+ARGUMENTS = {
+    "bounded": [*SMALL, "--steps", "2", "--length", "8", "--learning-rate", "0.01"],
+    "fewest_bytes": [*SMALL, "--warm-up", "1", "--steps", "1", "--length", "8"],
+    "kill_loop": [*SMALL, "--kills", "1", "--steps", "3", "--length", "8"],
+    "overlap": [*SMALL, "--rounds", "1", "--steps", "1", "--length", "8"],
+}
+COLUMNS = {
+    "bounded": {"time_s", "private_nbytes"},
+    "fewest_bytes": {"micro_batches", "step", "kernel_read", "kernel_written", "runtime_read"},
+    "kill_loop": {"killed at", "status", "resumed at step"},
+    "overlap": {"round", "step", "compute", "disk", "ratio"},
+}
+
+
+@pytest.fixture
+def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module(request.param)
+
+
+def each(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("script", names, indirect=True)
+
+
+def samples(saved: Path) -> list[dict[str, str]]:
+    with open(saved / "raw.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@each(*SCRIPTS)
+def test_benchmark_runs_at_toy_size_and_keeps_its_samples(script: ModuleType, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    status = script.main([*ARGUMENTS[script.__name__], "--disk", str(tmp_path), "--save", str(saved)])
+    # A toy misses the bars of real sizes; that a killed run ends like an unbroken one holds at any size.
+    assert status == 0 or script.__name__ != "kill_loop"
+    rows = samples(saved)
+    assert rows and rows[0].keys() >= COLUMNS[script.__name__]
+    report = (saved / "README.md").read_text()
+    assert report.startswith(f"# {script.__name__}: ")
+    assert "- command: `python benchmarks/" in report
+    assert not [path for path in tmp_path.iterdir() if path != saved], "it leaves its state behind"
+
+
+@each(*SCRIPTS)
+def test_benchmark_explains_itself(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--help"])
+    assert ended.value.code == 0
+    assert "--save" in capsys.readouterr().out
+    assert f"`{script.__name__}.py`" in (BENCHMARKS / "README.md").read_text()
+
+
+@each("bounded")
+def test_a_drive_without_room_is_refused_before_anything_is_written(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script, "DISK_NBYTES_PER_PARAMETER", 1 << 60)
+    with pytest.raises(DiskFullError, match="name another directory with --disk"):
+        script.main([*ARGUMENTS["bounded"], "--disk", str(tmp_path)])
+    assert not any(tmp_path.iterdir())
+
+
+@each("overlap")
+def test_overlap_writes_a_trace_with_reads_compute_updates_and_writes(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.json"
+    script.main([*ARGUMENTS["overlap"], "--disk", str(tmp_path), "--trace", str(trace)])
+    events = json.loads(trace.read_text())["traceEvents"]
+    tracks = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"compute", "disk read", "disk write", "update"} <= tracks
+
+
+@pytest.mark.parametrize("saved", RESULTS, ids=lambda path: "/".join(path.parts[-2:]))
+def test_published_results_have_their_command_and_raw_samples(saved: Path) -> None:
+    assert "- command: `python benchmarks/" in (saved / "README.md").read_text()
+    assert samples(saved)
