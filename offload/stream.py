@@ -178,7 +178,10 @@ class StreamedUnit:
             self._bound(weights, None),
             self._host.trace.span(self.unit.name, "compute", phase="infer"),
         ):
-            return self._original(*args, **kwargs)
+            result = self._original(*args, **kwargs)
+            leaves, tree = pytree.tree_flatten(result)
+            kept = _apart_from(weights, leaves)
+            return result if kept is leaves else pytree.tree_unflatten(kept, tree)
 
     def _without_cache(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -210,7 +213,7 @@ class StreamedUnit:
                 call.rng.append(host.rng.get())
                 with host.trace.span(self.unit.name, "compute", phase="forward", row=start):
                     result = self._original_on(call, cut(tensors, call.batch, start, stop))
-                parts.append(_tensor_leaves(call, result))
+                parts.append(_apart_from(weights, _tensor_leaves(call, result)))
         host.expect_backward(self.unit)
         return [join(pieces, call.batch, call.cuts) for pieces in zip(*parts, strict=True)]
 
@@ -357,6 +360,25 @@ def _tensor_leaves(call: _Call, result: Any) -> list[torch.Tensor]:
     call.output_tree = tree
     call.output_leaves = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _apart_from(weights: Mapping[str, WeightsOnDevice], leaves: list[Any]) -> list[Any]:
+    """Copy what is a view of a weight (a table of positions, cut to length): the next unit's weights
+    will lie in its bytes. Return `leaves` itself when there is nothing to copy."""
+    buffers = {
+        space.untyped_storage().data_ptr()
+        for unit in weights.values()
+        for space in (unit.trainable, unit.frozen)
+        if space.numel()
+    }
+
+    def is_view(leaf: Any) -> bool:
+        strided = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_meta
+        return strided and leaf.untyped_storage().data_ptr() in buffers
+
+    if not any(is_view(leaf) for leaf in leaves):
+        return leaves
+    return [leaf.clone() if is_view(leaf) else leaf for leaf in leaves]
 
 
 def _is_cache(value: Any) -> bool:
