@@ -27,7 +27,7 @@ from uuid import UUID, uuid4
 from .checkpoint import write_json
 from .config import FinetuneConfig
 from .errors import ConfigError, CorruptionError, DiskFullError, StateError, StorageError
-from .store.rundir import RunDirectory
+from .store import remove_run
 
 __all__ = ["OutputDirectory", "RunPointer"]
 
@@ -165,7 +165,7 @@ class OutputDirectory:
         if pointer.imported:
             raise StateError(f"run {pointer.run_id} has committed steps; it is not removed")
         for directory in pointer.disk:
-            _remove_run(directory, UUID(pointer.run_id))
+            _remove_run(directory, pointer.run_id)
         for name in (CONFIG_NAME, METRICS_NAME, POINTER_NAME):
             (self.path / name).unlink(missing_ok=True)
         self._remove_made()
@@ -229,18 +229,13 @@ class OutputDirectory:
                 path.rmdir()
 
 
-def _remove_run(directory: str, run_id: UUID) -> None:
+def _remove_run(directory: str, run_id: str) -> None:
     try:
-        folder = RunDirectory.open(directory, run_id)
+        remove_run([directory], run_id)
     except StorageError as error:
-        if error.errno == errno.ENOENT:
-            return
-        raise
-    try:
-        folder.acquire()
-        folder.remove()
-    finally:
-        folder.close()
+        # The start that is abandoned may have ended before it made this drive's folder.
+        if error.errno != errno.ENOENT:
+            raise
 
 
 def _step_of(line: str) -> float:
