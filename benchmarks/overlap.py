@@ -255,6 +255,7 @@ def _round(
     overlap_s = {f"{a} + {b}": tracer.overlap_s(a, b) / args.steps for a, b in PAIRS}
     in_memory.steps(1)
     compute_s = in_memory.steps(args.steps)
+    replay.steps(1)
     disk_s = replay.steps(args.steps)
     ratio = step_s / max(compute_s, disk_s)
     print(
