@@ -40,9 +40,6 @@ try:
     from aiofiles.os import wrap
 except ImportError as error:
     missing_reason = f"aiofiles is not installed ({error})"
-else:
-    _preadv = wrap(os.preadv)
-    _pwritev = wrap(os.pwritev)
 
 __all__ = ["PortableEngine", "PortableRequest"]
 
@@ -123,6 +120,7 @@ class PortableEngine:
         self._pool = concurrent.futures.ThreadPoolExecutor(
             min(threads, queue_depth), thread_name_prefix="offload-portable"
         )
+        self._calls = {"read": wrap(os.preadv), "write": wrap(os.pwritev)}
         self._slots = asyncio.Semaphore(queue_depth)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
@@ -245,7 +243,7 @@ class PortableEngine:
     async def _segment(
         self, op: Op, fd: int, segment: memoryview, offset: int, start: int, failures: dict[int, int]
     ) -> None:
-        call = _preadv if op == "read" else _pwritev
+        call = self._calls[op]
         position = 0
         num_retries = 0
         with segment:

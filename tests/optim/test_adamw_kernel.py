@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,95 +16,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_arrays import SETTINGS, Arrays, export, pattern_arrays, random_arrays, update
 
 from offload import _adam
-from offload.codec import CANONICAL_NAN_BITS, join_master, split_master
-from offload.errors import StateError
-from offload.optim import ParameterSettings, adamw_update, kernel
+from offload.codec import CANONICAL_NAN_BITS, split_master
 
 ISAS = _adam.supported_isas()
-SETTINGS = ParameterSettings(lr=3e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 # One block of the kernel; a range larger than this is shared by threads.
 BLOCK_NUMEL = 1 << 16
 FLT_MAX = torch.finfo(torch.float32).max
-
-
-@dataclass
-class Arrays:
-    """Everything one update reads and writes; `weights` fp32, or bf16 with `residual`."""
-
-    gradient: torch.Tensor
-    weights: torch.Tensor
-    residual: torch.Tensor | None
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-
-    def copy(self) -> Arrays:
-        copied = {name: None if t is None else t.clone() for name, t in vars(self).items()}
-        return Arrays(**copied)  # type: ignore[arg-type]
-
-    def split(self) -> Arrays:
-        """The same arrays with the weights as high halves and residuals."""
-        high, residual = split_master(self.weights)
-        return replace(self.copy(), weights=high, residual=residual)
-
-    def master(self) -> torch.Tensor:
-        return self.weights if self.residual is None else join_master(self.weights, self.residual)
-
-    def bits(self) -> dict[str, bytes]:
-        """The bytes of everything an update may change."""
-        exact = {"master": self.master(), "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {name: tensor.numpy().tobytes() for name, tensor in exact.items()}
-
-
-def random_arrays(numel: int, seed: int, *, bfloat16_gradient: bool = False) -> Arrays:
-    """Arrays as in the midst of training."""
-    generator = torch.Generator().manual_seed(seed)
-    gradient, weights, exp_avg = (torch.randn(numel, generator=generator) for _ in range(3))
-    exp_avg_sq = torch.rand(numel, generator=generator) * 1e-2
-    if bfloat16_gradient:
-        gradient = gradient.to(torch.bfloat16)
-    return Arrays(gradient, weights, None, exp_avg * 0.1, exp_avg_sq)
-
-
-def pattern_arrays(numel: int, seed: int, *, bfloat16_gradient: bool) -> Arrays:
-    """Arrays of arbitrary bits: denormals, infinities, NaNs, huge and negative second moments."""
-    rng = np.random.default_rng(seed)
-
-    def patterns() -> torch.Tensor:
-        return torch.from_numpy(rng.integers(-(2**31), 2**31, numel, dtype=np.int32)).view(torch.float32)
-
-    gradient, weights, exp_avg, exp_avg_sq = (patterns() for _ in range(4))
-    if bfloat16_gradient:
-        gradient = gradient.view(torch.int16)[:numel].clone().view(torch.bfloat16)
-    return Arrays(gradient, weights, None, exp_avg, exp_avg_sq)
-
-
-def update(
-    arrays: Arrays, *, isa: str = "auto", num_threads: int = 1, step: int = 1, **changes: float
-) -> Arrays:
-    """Run `_adam.adamw` on a copy and return it."""
-    result = arrays.copy()
-    bfloat16_gradient = result.gradient.dtype == torch.bfloat16
-    values = {name: getattr(SETTINGS, name) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")}
-    _adam.adamw(
-        export(result.gradient),
-        export(result.weights),
-        None if result.residual is None else export(result.residual),
-        export(result.exp_avg),
-        export(result.exp_avg_sq),
-        step=step,
-        gradient_dtype="bfloat16" if bfloat16_gradient else "float32",
-        num_threads=num_threads,
-        isa=isa,
-        **{**values, **changes},
-    )
-    return result
-
-
-def export(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
-    array = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    return array.numpy()  # type: ignore[no-any-return]
 
 
 needs_two_isas = pytest.mark.skipif(len(ISAS) < 2, reason="this processor has one instruction set")
@@ -451,60 +371,3 @@ def test_the_best_instruction_set_is_the_default() -> None:
     assert _adam.active_isa() in ISAS
     assert ISAS[-1] == "scalar"
     assert import_with_isa("auto").stdout.strip() == ISAS[0]
-
-
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("bfloat16_gradient", [False, True])
-def test_the_typed_wrapper_runs_the_same_kernel(split: bool, bfloat16_gradient: bool) -> None:
-    arrays = random_arrays(1_003, 18, bfloat16_gradient=bfloat16_gradient)
-    arrays = arrays.split() if split else arrays
-    got = arrays.copy()
-    adamw_update(**vars(got), settings=SETTINGS, step=3, grad_scale=0.5, num_threads=2)
-    assert got.bits() == update(arrays, step=3, grad_scale=0.5).bits()
-
-
-@pytest.mark.parametrize("split", [False, True])
-def test_the_torch_reference_agrees_to_rounding(split: bool) -> None:
-    arrays = random_arrays(10_000, 19)
-    arrays = arrays.split() if split else arrays
-    got = arrays.copy()
-    adamw_update(**vars(got), settings=SETTINGS, step=3, grad_scale=0.5, backend="reference")
-    want = update(arrays, step=3, grad_scale=0.5)
-    torch.testing.assert_close(got.master(), want.master(), rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(got.exp_avg, want.exp_avg, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(got.exp_avg_sq, want.exp_avg_sq, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"gradient": torch.zeros(4, dtype=torch.float16)},
-            "gradient must be float32 or bfloat16, got torch.float16",
-        ),
-        ({"gradient": torch.zeros(5)}, "gradient has 5 elements, exp_avg has 4"),
-        ({"weights": torch.zeros(4, dtype=torch.bfloat16)}, "weights must be float32, got torch.bfloat16"),
-        ({"exp_avg_sq": torch.zeros(8)[::2]}, "exp_avg_sq must be a contiguous 1-D tensor on the CPU"),
-        ({"exp_avg": torch.zeros(4, device="meta")}, "exp_avg must be .* on meta"),
-        (
-            {"residual": torch.zeros(4, dtype=torch.int16)},
-            "weights must be bfloat16 or int16, got torch.float32",
-        ),
-    ],
-)
-def test_tensors_that_do_not_fit_are_named(changes: dict[str, torch.Tensor], message: str) -> None:
-    zeros = torch.zeros(4)
-    tensors = {
-        "gradient": zeros, "weights": zeros, "residual": None, "exp_avg": zeros, "exp_avg_sq": zeros
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=message):
-        adamw_update(**{**tensors, **changes}, settings=SETTINGS, step=1)  # type: ignore[arg-type]
-
-
-def test_without_the_extension_the_error_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_LOAD_ERROR", ImportError("No module named 'offload._adam'"))
-    arrays = random_arrays(8, 20)
-    with pytest.raises(StateError, match=r"No module named .*pip install \..*backend='reference'"):
-        adamw_update(**vars(arrays), settings=SETTINGS, step=1)
-    adamw_update(**vars(arrays), settings=SETTINGS, step=1, backend="reference")
-    assert "not available" in kernel.describe_kernel()
