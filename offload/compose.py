@@ -93,7 +93,8 @@ def attach(
     records = record_sets((unit.layout for unit in units), record_format, chosen.torch_compute_dtype)
     schedule = Schedule(tuple(unit.name for unit in units), {unit.name: unit.records for unit in units})
     trains = {unit.name: _trained_owners(unit) for unit in units}
-    groups = list(param_groups) if param_groups is not None else _default_groups(model, chosen)
+    groups = [dict(group) for group in param_groups or _default_groups(model, chosen)]
+    _check_groups(groups, records)
     with contextlib.ExitStack() as undo:
         device = undo.enter_context(open_device(chosen.device, device_memory=chosen.device_memory))
         plan = _plan(chosen, schedule, records, trains, device)
@@ -125,6 +126,20 @@ def _trained_owners(unit: Unit) -> tuple[str, ...]:
 
 def _default_groups(model: torch.nn.Module, options: RuntimeOptions) -> list[dict[str, Any]]:
     return default_param_groups(model.named_parameters(), options.optimizer.weight_decay)
+
+
+def _check_groups(groups: list[dict[str, Any]], records: Mapping[str, RecordSet]) -> None:
+    for group in groups:
+        # An iterator of pairs would be used up by the first look at it.
+        group["params"] = list(group["params"])
+    grouped = {name for group in groups for name, _ in group["params"]}
+    trained = [spec.name for record in records.values() for spec in record.layout.trainable]
+    missing = [name for name in trained if name not in grouped]
+    if missing:
+        raise ConfigError(
+            f"no parameter group holds {len(missing)} of {len(trained)} trainable parameters, the first is"
+            f" {missing[0]!r}: give them to a group, or freeze them (requires_grad_(False)) before attaching"
+        )
 
 
 def _plan(

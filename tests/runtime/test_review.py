@@ -10,6 +10,9 @@ import torch
 from toy_models import SETTINGS
 
 import offload
+from offload.errors import ConfigError
+from offload.optim import updater
+from offload.transfer import Transfer
 
 WIDTH = 16
 
@@ -55,3 +58,32 @@ def test_an_output_that_is_a_view_of_a_weight_keeps_its_values(grad: bool, tmp_p
         for _ in range(2):
             _, positions = model(torch.randn(4, WIDTH))
             assert torch.equal(positions, torch.ones(4, WIDTH))
+
+
+def test_a_trainable_parameter_in_no_group_is_refused_at_once(tmp_path: Path) -> None:
+    model = stack()
+    named = list(model.named_parameters())
+    with pytest.raises(ConfigError, match=r"holds 4 of 6 trainable parameters, the first is '1\.0\.weight'"):
+        attach(model, tmp_path, param_groups=[{"params": named[:2]}])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["update", "fetch"])
+def test_a_bug_in_a_background_thread_surfaces_and_does_not_hang(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("not foreseen")
+
+    def loop() -> None:
+        model(torch.randn(2, WIDTH)).sum().backward()
+        runtime.step()
+        runtime.synchronize()
+
+    model = stack()
+    runtime = attach(model, tmp_path)
+    target, name = (updater, "update_chunk") if place == "update" else (Transfer, "_upload")
+    monkeypatch.setattr(target, name, fail)
+    with pytest.raises(KeyError, match="not foreseen"):
+        loop()
+    runtime.close()
