@@ -304,7 +304,7 @@ class Transfer:
                     return
                 self._to_device(reading[0])
                 reading.popleft()
-        except (OffloadError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - the end of the thread: unreported, all who wait would hang
             with self._changed:
                 if not self._closed:
                     self._error = self._error or error

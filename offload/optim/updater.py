@@ -22,7 +22,6 @@ from typing import Any
 
 from ..buffers import Arena, Lease, Pool
 from ..codec import OptimizerChunk
-from ..errors import OffloadError
 from ..gradients import FinishedGradient
 from ..records import RecordSet
 from ..residents import ResidentRecords
@@ -34,9 +33,9 @@ from .pipeline import ChunkPipeline
 
 __all__ = ["Update", "Updater"]
 
-# What the update thread turns into the runtime's error. One that got past would end the thread, and
+# What the update thread turns into the runtime's error: all. One that got past would end the thread, and
 # `drain` would wait for it for ever.
-_FAILURES = (OffloadError, OSError, RuntimeError, ValueError, MemoryError)
+_FAILURES = Exception
 
 
 @dataclass(frozen=True)
