@@ -70,8 +70,9 @@ class ExportOptions:
             `assets_from` or of the model, and float32 where neither names one. Buffers keep theirs.
         max_shard_nbytes: largest safetensors file; a larger single tensor gets a file of its own.
             5 GB is what transformers writes on machines with little memory.
-        assets_from: the model directory from which config.json and the tokenizer files are copied;
-            None takes the config from the model object, when it has one.
+        assets_from: the model directory from which config.json and the tokenizer files are copied.
+            None takes the one a transformers model was loaded from, and where there is none, the
+            config of the model object, if it has one.
     """
 
     dtype: torch.dtype | None = None
@@ -204,6 +205,8 @@ def _find_assets(
     model: torch.nn.Module | None, assets_from: Path | None
 ) -> tuple[dict[str, Any] | None, list[Path]]:
     """Return the config to write, or None, and the files to copy beside it."""
+    if assets_from is None:
+        assets_from = _pretrained_directory(model)
     if assets_from is not None:
         config: dict[str, Any] = json.loads((assets_from / "config.json").read_text(encoding="utf-8"))
         entries = sorted(entry for entry in assets_from.iterdir() if entry.is_file())
@@ -215,6 +218,13 @@ def _find_assets(
     if not config.get("architectures"):
         config["architectures"] = [type(model).__name__]
     return config, []
+
+
+def _pretrained_directory(model: torch.nn.Module | None) -> Path | None:
+    """Return the local directory a transformers model came from, where it still is one."""
+    name = getattr(model, "name_or_path", "")
+    directory = Path(name) if isinstance(name, str) and name else None
+    return directory if directory is not None and (directory / "config.json").is_file() else None
 
 
 def _named_dtype(config: Mapping[str, Any] | None) -> torch.dtype | None:
