@@ -25,7 +25,7 @@ from .optim import StreamedAdamW, default_param_groups
 from .optim.updater import Updater
 from .options import RuntimeOptions
 from .placeholders import placeholder, refuse_state_dict
-from .plan import MemoryPlan, plan_memory
+from .plan import MemoryPlan, plan_memory, shared_owners
 from .records import RecordSet, record_sets, store_records
 from .residents import ResidentRecords
 from .rng import DeviceRng, capture_rng, restore_rng
@@ -232,6 +232,8 @@ def _build(
         host_pool=host_gradients,
         device_arena=device_arena,
         device_pool=device_arena.pool("gradients", plan.device_gradients),
+        shared=shared_owners(trains),
+        overflow=stack,
         sum_micro_batches=options.rows is not None and options.torch_compute_dtype is not torch.float32,
         trace=trace,
     )

@@ -11,6 +11,7 @@ whose slots are held by earlier visits, which end without it; so the smallest pl
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -22,7 +23,7 @@ from .schedule import Pass, Phase, Schedule, window_slots
 from .sizes import align_down, align_up, format_bytes
 from .specs import Tier
 
-__all__ = ["MemoryPlan", "plan_memory"]
+__all__ = ["MemoryPlan", "plan_memory", "shared_owners"]
 
 SLOT_ALIGNMENT_NBYTES = 4096
 
@@ -132,6 +133,16 @@ def plan_memory(
     raise CapacityError(_refusal(smallest, host_limit_nbytes, device_limit_nbytes))
 
 
+def shared_owners(trains: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the owners whose gradients more than one unit adds to.
+
+    >>> shared_owners({"embed": ("embed",), "block": ("block",), "head": ("embed",)})
+    ('embed',)
+    """
+    counts = Counter(owner for owners in trains.values() for owner in owners)
+    return tuple(owner for owner, count in counts.items() if count > 1)
+
+
 def _depths(home: Tier) -> Iterator[tuple[int, int, int]]:
     windows = WINDOWS if home is not Tier.DEVICE else (0,)
     staging = STAGING_SLOTS if home is Tier.DISK else (0,)
@@ -163,7 +174,7 @@ def _plan_at(
         for owner, unit in records.items()
     }
     # A gradient that several units add to waits on the host from the first of them to the last.
-    shared = sorted(gradient[owner] for owner in _shared_owners(backward))
+    shared = sorted(gradient[owner] for owner in shared_owners(trains))
     host_weights = window_slots(
         [{owner: records[owner].host_nbytes for owner in owners} for owners in needs], window + 1 + updates
     )
@@ -198,15 +209,6 @@ def _plan_at(
 
 def _sizes(nbytes: Mapping[str, int], visits: list[tuple[str, ...]]) -> list[dict[str, int]]:
     return [{owner: nbytes[owner] for owner in owners} for owners in visits if owners]
-
-
-def _shared_owners(backward: list[tuple[str, ...]]) -> set[str]:
-    seen: set[str] = set()
-    shared: set[str] = set()
-    for owners in backward:
-        shared.update(owner for owner in owners if owner in seen)
-        seen.update(owners)
-    return shared
 
 
 def _first_chunks(unit: RecordSet) -> tuple[OptimizerChunk, ...]:

@@ -18,6 +18,7 @@ waits in `loss.backward()`.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ from .residents import ResidentRecords
 from .rng import DeviceRng, capture_rng
 from .schedule import Pass, Phase, Schedule, Visit, completion_order
 from .store import Store
-from .stream import StreamedUnit
+from .stream import DroppedCall, StreamedUnit
 from .trace import Tracer
 from .transfer import Transfer, WeightsOnDevice
 from .units import Unit
@@ -127,6 +128,9 @@ class Runtime:
         self._schedule = parts.schedule
         self._seen_order: list[str] = []
         self._expected: dict[str, int] = {}
+        # [Note: dropped graphs] Forwards whose graph went without a backward (a metric computed without
+        # no_grad): the garbage collector, on whatever thread, only notes them here.
+        self.dropped: deque[DroppedCall] = deque()
         self._updated: set[str] = set()
         self._settings: dict[str, ParameterSettings] | None = None
         self._failure: BaseException | None = None
@@ -194,7 +198,8 @@ class Runtime:
         """
         parts = self._parts
         self._check_usable()
-        if not self._expected:
+        self._count_dropped()
+        if not self._updated and not parts.gradients.pending():
             raise StateError("step() without a backward: call loss.backward() on the model's output first")
         self._settle_unfinished()
         parts.activations.reset()
@@ -326,6 +331,7 @@ class Runtime:
 
     def expect_backward(self, unit: Unit) -> None:
         """See `UnitHost`."""
+        self._count_dropped()
         for owner in self._streamed[unit.name].trained_owners:
             self._expected[owner] = self._expected.get(owner, 0) + 1
 
@@ -337,6 +343,7 @@ class Runtime:
 
     def finish_gradients(self, unit: Unit, buffers: Mapping[str, GradientBuffer]) -> None:
         """Hand gradients over; start the update of every record that is complete."""
+        self._count_dropped()
         for owner, buffer in buffers.items():
             self._expected[owner] -= 1
             complete = self._expected[owner] == 0
@@ -374,6 +381,16 @@ class Runtime:
             self._parts.transfer.enter(visit, Pass.TRAIN)
             self._start_update(owner, self._parts.gradients.take_partial(owner))
             self._parts.transfer.leave(visit, Pass.TRAIN)
+
+    def _count_dropped(self) -> None:
+        """Expect no backward of calls whose graph is gone; see [Note: dropped graphs]."""
+        while self.dropped:
+            call = self.dropped.popleft()
+            for saved in call.saved:
+                self._parts.activations.drop(saved)
+            if call.step == self._global_step:
+                for owner in self._streamed[call.unit].trained_owners:
+                    self._expected[owner] -= 1
 
     def _learn_order(self) -> None:
         order = tuple(self._seen_order)

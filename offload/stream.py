@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,6 +35,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .activations import Activations, SavedTensor
+from .errors import StateError
 from .gradients import GradientBuffer
 from .records import RecordSet
 from .rng import DeviceRng
@@ -42,9 +45,18 @@ from .trace import Tracer
 from .transfer import WeightsOnDevice
 from .units import Unit
 
-__all__ = ["StreamedUnit", "UnitHost"]
+__all__ = ["DroppedCall", "StreamedUnit", "UnitHost"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DroppedCall:
+    """A forward with a graph whose backward will never come, because the graph is gone."""
+
+    unit: str
+    step: int
+    saved: tuple[SavedTensor, ...]
 
 
 class UnitHost(Protocol):
@@ -55,6 +67,10 @@ class UnitHost(Protocol):
     anchor: torch.Tensor
     trace: Tracer
     rng: DeviceRng
+    dropped: deque[DroppedCall]
+
+    @property
+    def global_step(self) -> int: ...
 
     def enter(self, visit: Visit, kind: Pass) -> Mapping[str, WeightsOnDevice]: ...
 
@@ -94,6 +110,8 @@ class _Call:
         batch: the size of the first dimension of what is cut, None when nothing is.
         rng: generator states before each micro-batch.
         output_tree: structure of the result.
+        step: `global_step` of the forward.
+        awaited: notes the call as dropped when it is collected; dead once its backward has begun.
     """
 
     tree: pytree.TreeSpec
@@ -106,6 +124,8 @@ class _Call:
     rng: list[Any]
     output_tree: pytree.TreeSpec | None = None
     output_leaves: list[Any] | None = None
+    step: int = 0
+    awaited: weakref.finalize[Any, _Call] | None = None
 
 
 class StreamedUnit:
@@ -215,6 +235,10 @@ class StreamedUnit:
                     result = self._original_on(call, cut(tensors, call.batch, start, stop))
                 parts.append(_apart_from(weights, _tensor_leaves(call, result)))
         host.expect_backward(self.unit)
+        call.step = host.global_step
+        dropped = DroppedCall(self.unit.name, call.step, tuple(call.saved.values()))
+        call.awaited = weakref.finalize(call, host.dropped.append, dropped)
+        call.awaited.atexit = False
         return [join(pieces, call.batch, call.cuts) for pieces in zip(*parts, strict=True)]
 
     # -- backward ----------------------------------------------------------------------------
@@ -227,6 +251,16 @@ class StreamedUnit:
     ) -> list[torch.Tensor | None]:
         """Recompute every micro-batch with a graph and back-propagate; return the inputs' gradients."""
         host = self._host
+        if call.step != host.global_step:
+            raise StateError(
+                f"backward reached unit {self.unit.name!r} of a step that is over: call backward() once,"
+                " before runtime.step()"
+            )
+        if call.awaited is None or call.awaited.detach() is None:
+            raise StateError(
+                f"backward reached unit {self.unit.name!r} a second time: its saved input is gone and its"
+                " update may have begun; sum the losses and call backward() once, without retain_graph"
+            )
         inputs = [
             host.activations.restore(call.saved[index]) if index in call.saved else tensor
             for index, tensor in zip(call.tensor_indices, kept, strict=True)

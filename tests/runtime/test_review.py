@@ -10,8 +10,8 @@ import torch
 from toy_models import SETTINGS
 
 import offload
-from offload.errors import ConfigError
-from offload.optim import updater
+from offload.errors import ConfigError, StateError
+from offload.optim import default_param_groups, updater
 from offload.transfer import Transfer
 
 WIDTH = 16
@@ -87,3 +87,88 @@ def test_a_bug_in_a_background_thread_surfaces_and_does_not_hang(
     with pytest.raises(KeyError, match="not foreseen"):
         loop()
     runtime.close()
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    options = SETTINGS["optimizer"]
+    groups = default_param_groups(model.named_parameters(), options.weight_decay)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def compare(build: Any, step_of: Any, disk: Path, steps: int = 4, **settings: Any) -> Any:
+    """Train the same model streamed and in memory and compare masters; return both models."""
+    model, plain = build(), build()
+    optimizer = adamw(plain)
+    with attach(model, disk, **settings) as runtime:
+        for step in range(steps):
+            step_of(model, step)
+            runtime.step()
+            step_of(plain, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        found = {
+            name: value.clone() for _, unit in runtime.parameters_by_unit() for name, value in unit.items()
+        }
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(found[name], value.detach(), rtol=1e-5, atol=1e-6, msg=name)
+    return model, plain
+
+
+# One update in flight, one visit ahead, two staging slots; found by lowering it until it was refused.
+MINIMAL = {"host_memory": "156KiB", "device_memory": "16KiB", "activations_nbytes": 1 << 17}
+
+
+def test_two_calls_of_the_model_in_one_loss_sum_their_gradients(tmp_path: Path) -> None:
+    def step_of(model: torch.nn.Module, step: int) -> None:
+        (model(batch(step)).square().mean() + model(batch(step + 100)).square().mean()).backward()
+
+    compare(lambda: stack(8), step_of, tmp_path)
+
+
+def test_a_forward_whose_graph_is_dropped_expects_no_backward(tmp_path: Path) -> None:
+    def step_of(model: torch.nn.Module, step: int) -> None:
+        for unused in range(100):
+            model(batch(unused))
+        model(batch(step)).square().mean().backward()
+
+    compare(lambda: stack(8), step_of, tmp_path, activations_nbytes=32 * 4096)
+
+
+def test_a_forward_whose_graph_is_kept_without_a_backward_does_not_stop_the_step(tmp_path: Path) -> None:
+    kept = []
+
+    def step_of(model: torch.nn.Module, step: int) -> None:
+        kept.append(model(batch(step + 100)))
+        model(batch(step)).square().mean().backward()
+
+    compare(lambda: stack(8), step_of, tmp_path)
+
+
+def test_a_step_after_a_forward_alone_is_refused(tmp_path: Path) -> None:
+    model = stack()
+    with attach(model, tmp_path) as runtime:
+        loss = model(batch(0)).sum()
+        with pytest.raises(StateError, match="without a backward"):
+            runtime.step()
+        loss.backward()
+        runtime.step()
+
+
+def test_units_called_twice_train_with_the_smallest_budgets(tmp_path: Path) -> None:
+    def step_of(model: torch.nn.Module, step: int) -> None:
+        model(model(batch(step))).square().mean().backward()
+
+    compare(lambda: stack(8), step_of, tmp_path, **MINIMAL)
+
+
+def test_a_second_backward_of_one_graph_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH)])
+    with attach(model, tmp_path):
+        loss = model[0](batch(0)).sum() + model[1](batch(0)).sum()
+        loss.backward(retain_graph=True)
+        with pytest.raises(StateError, match="a second time"):
+            loss.backward()
