@@ -46,6 +46,11 @@ class Activations:
         self._live: dict[int, SavedTensor] = {}
         self._step = 0
 
+    @property
+    def device_type(self) -> str:
+        """`cpu` or `cuda`, as torch names it."""
+        return self._device.torch_device.type
+
     def save(self, tensor: torch.Tensor, holder: str) -> SavedTensor:
         """Copy `tensor` to the host.
 
@@ -57,7 +62,8 @@ class Activations:
             CapacityError: the part of the host budget left for saved inputs is full.
         """
         source = tensor.detach().contiguous().view(-1)
-        nbytes = source.numel() * source.element_size()
+        # A lease has at least one byte; a tensor may have none (an expert that got no tokens).
+        nbytes = max(1, source.numel() * source.element_size())
         lease = self._stack.push(nbytes, f"{holder} input")
         with self._trace.span(holder, "device to host", nbytes=nbytes):
             target = self._device.host_tensor(self._host, lease, source.dtype, source.numel())

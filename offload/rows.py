@@ -59,17 +59,28 @@ def join(pieces: Sequence[torch.Tensor], batch: int | None, cuts: Sequence[tuple
 
 
 def join_gradient(
-    pieces: Sequence[torch.Tensor], tensor: torch.Tensor | None, batch: int | None
+    pieces: Sequence[torch.Tensor | None],
+    tensor: torch.Tensor | None,
+    batch: int | None,
+    cuts: Sequence[tuple[int, int]],
 ) -> torch.Tensor | None:
     """Return the gradient of an input from its micro-batches' gradients; None where there is none."""
-    if not pieces or tensor is None:
+    found = [piece for piece in pieces if piece is not None]
+    if not found or tensor is None:
         return None
     if batch is None:
-        return pieces[0]
+        return found[0]
     if tensor.dim() >= 2 and tensor.shape[0] == batch:
-        return torch.cat(list(pieces))
+        # A micro-batch may have made no use of its rows (an expert that got no tokens).
+        rows = zip(pieces, cuts, strict=True)
+        return torch.cat(
+            [
+                torch.zeros_like(tensor[start:stop]) if piece is None else piece
+                for piece, (start, stop) in rows
+            ]
+        )
     # Passed on whole: every micro-batch adds to its gradient.
-    total = pieces[0]
-    for piece in pieces[1:]:
+    total = found[0]
+    for piece in found[1:]:
         total = total + piece
     return total

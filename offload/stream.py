@@ -28,7 +28,7 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -109,6 +109,7 @@ class _Call:
         rows: the cut of the batch, (start, stop) for each micro-batch.
         batch: the size of the first dimension of what is cut, None when nothing is.
         rng: generator states before each micro-batch.
+        autocast: the state of autocast in the forward, which holds for the recompute, too.
         output_tree: structure of the result.
         step: `global_step` of the forward.
         awaited: notes the call as dropped when it is collected; dead once its backward has begun.
@@ -124,6 +125,7 @@ class _Call:
     rng: list[Any]
     output_tree: pytree.TreeSpec | None = None
     output_leaves: list[Any] | None = None
+    autocast: list[tuple[str, torch.dtype, bool]] = field(default_factory=list)
     step: int = 0
     awaited: weakref.finalize[Any, _Call] | None = None
 
@@ -184,12 +186,17 @@ class StreamedUnit:
             cuts=cuts,
             batch=batch,
             rng=[],
+            autocast=self._autocast(),
         )
         outputs = _RunUnit.apply(self, call, self._host.anchor, *tensors)  # type: ignore[no-untyped-call]
         assert call.output_tree is not None and call.output_leaves is not None
         results = iter(outputs)
         filled = [next(results) if leaf is _TENSOR else leaf for leaf in call.output_leaves]
         return pytree.tree_unflatten(filled, call.output_tree)
+
+    def _autocast(self) -> list[tuple[str, torch.dtype, bool]]:
+        devices = dict.fromkeys(("cpu", self._host.activations.device_type))
+        return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in devices]
 
     def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         visit = Visit(self.unit.name, Phase.FORWARD)
@@ -226,6 +233,7 @@ class StreamedUnit:
                 # Outputs of the unit before: one per unit, so they go to the host. What does not
                 # require grad (masks, positions, token ids) is shared by all units and stays.
                 call.saved[index] = host.activations.save(tensor, self.unit.name)
+        versions = [_version(tensor) for tensor in tensors]
         visit = Visit(self.unit.name, Phase.FORWARD)
         parts: list[list[torch.Tensor]] = []
         with self._visit(visit, Pass.TRAIN) as weights, self._bound(weights, None):
@@ -234,6 +242,11 @@ class StreamedUnit:
                 with host.trace.span(self.unit.name, "compute", phase="forward", row=start):
                     result = self._original_on(call, cut(tensors, call.batch, start, stop))
                 parts.append(_apart_from(weights, _tensor_leaves(call, result)))
+            if versions != [_version(tensor) for tensor in tensors]:
+                raise StateError(
+                    f"unit {self.unit.name!r} changes an argument in place, so its backward could not run its"
+                    " forward a second time on the same values; let it work on a copy (x = x + y, not x += y)"
+                )
         host.expect_backward(self.unit)
         call.step = host.global_step
         dropped = DroppedCall(self.unit.name, call.step, tuple(call.saved.values()))
@@ -266,7 +279,7 @@ class StreamedUnit:
             for index, tensor in zip(call.tensor_indices, kept, strict=True)
         ]
         visit = Visit(self.unit.name, Phase.BACKWARD)
-        gradients: list[list[torch.Tensor]] = [[] for _ in inputs]
+        gradients: list[list[torch.Tensor | None]] = [[] for _ in inputs]
         with self._visit(visit, Pass.TRAIN) as weights:
             buffers = host.begin_gradients(self.unit)
             with self._bound(weights, buffers), host.rng.preserved():
@@ -277,13 +290,12 @@ class StreamedUnit:
                         for buffer in buffers.values():
                             buffer.end_micro_batch()
                     for pieces, piece in zip(gradients, part, strict=True):
-                        if piece is not None:
-                            pieces.append(piece)
+                        pieces.append(piece)
             host.finish_gradients(self.unit, buffers)
         for saved in call.saved.values():
             host.activations.drop(saved)
         return [
-            join_gradient(pieces, tensor, call.batch) if wants else None
+            join_gradient(pieces, tensor, call.batch, call.cuts) if wants else None
             for pieces, tensor, wants in zip(gradients, inputs, call.wants_grad, strict=True)
         ]
 
@@ -299,7 +311,7 @@ class StreamedUnit:
             None if tensor is None else tensor.detach().requires_grad_(wants)
             for tensor, wants in zip(cut(inputs, call.batch, start, stop), call.wants_grad, strict=True)
         ]
-        with torch.enable_grad():
+        with torch.enable_grad(), _autocast_as(call):
             outputs = _tensor_leaves(call, self._original_on(call, leaves))
         pairs = [
             (output, grad)
@@ -375,12 +387,17 @@ class _RunUnit(torch.autograd.Function):
         ctx.save_for_backward(
             *(None if wants else tensor for tensor, wants in zip(tensors, call.wants_grad, strict=True))
         )
-        ctx.mark_non_differentiable(*(output for output in outputs if not output.is_floating_point()))
+        ctx.mark_non_differentiable(*(output for output in outputs if not _may_have_gradient(output)))
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise StateError(
+                "backward with create_graph=True: the graph of a streamed unit's gradient is not kept, so a"
+                " gradient of it (a gradient penalty) would be wrong; leave create_graph out"
+            )
         gradients = ctx.streamed.run_backward(ctx.call, ctx.saved_tensors, grad_outputs)
         return (None, None, None, *gradients)
 
@@ -388,9 +405,24 @@ class _RunUnit(torch.autograd.Function):
 _TENSOR = object()
 
 
+@contextlib.contextmanager
+def _autocast_as(call: _Call) -> Iterator[None]:
+    """Cast as the forward of `call` did. Without autocast's cache: it would keep every cast weight."""
+    with contextlib.ExitStack() as entered:
+        for kind, dtype, enabled in call.autocast:
+            entered.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+        yield
+
+
 def _tensor_leaves(call: _Call, result: Any) -> list[torch.Tensor]:
     """Return the tensors of a result, and note the rest of it in `call`."""
     leaves, tree = pytree.tree_flatten(result)
+    for leaf in leaves:
+        if _hides_tensors(leaf):
+            raise StateError(
+                f"a unit returned a {type(leaf).__name__}, which holds tensors where torch.utils._pytree does"
+                " not see them: their gradients would be lost; return tuples or dicts, or register the class"
+            )
     call.output_tree = tree
     call.output_leaves = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -413,6 +445,24 @@ def _apart_from(weights: Mapping[str, WeightsOnDevice], leaves: list[Any]) -> li
     if not any(is_view(leaf) for leaf in leaves):
         return leaves
     return [leaf.clone() if is_view(leaf) else leaf for leaf in leaves]
+
+
+def _hides_tensors(leaf: Any) -> bool:
+    if isinstance(leaf, torch.Tensor) or _is_cache(leaf):
+        return False
+    return any(
+        isinstance(value, torch.Tensor) and _may_have_gradient(value)
+        for value in getattr(leaf, "__dict__", {}).values()
+    )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # Tensors made in inference mode count no versions; autograd refuses to save them.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _may_have_gradient(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _is_cache(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def compare(build: Any, step_of: Any, disk: Path, steps: int = 4, **settings: An
 
 
 # One update in flight, one visit ahead, two staging slots; found by lowering it until it was refused.
-MINIMAL = {"host_memory": "156KiB", "device_memory": "16KiB", "activations_nbytes": 1 << 17}
+MINIMAL = {"host_memory": "152KiB", "device_memory": "16KiB", "activations_nbytes": 1 << 17}
 
 
 def test_two_calls_of_the_model_in_one_loss_sum_their_gradients(tmp_path: Path) -> None:
@@ -172,3 +173,142 @@ def test_a_second_backward_of_one_graph_is_refused(tmp_path: Path) -> None:
         loss.backward(retain_graph=True)
         with pytest.raises(StateError, match="a second time"):
             loss.backward()
+
+
+def test_a_forward_under_autocast_is_recomputed_under_autocast(tmp_path: Path) -> None:
+    def step_of(model: torch.nn.Module, step: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch(step)).float().square().mean()
+        loss.backward()
+
+    compare(stack, step_of, tmp_path)
+
+
+def test_a_gradient_of_a_gradient_is_refused(tmp_path: Path) -> None:
+    model = stack()
+    with attach(model, tmp_path):
+        x = batch(0).requires_grad_()
+        with pytest.raises(StateError, match="create_graph=True"):
+            torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+class Halves(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(0.5)
+        return self.linear(x)
+
+
+def test_a_unit_that_changes_its_input_in_place_is_refused(tmp_path: Path) -> None:
+    model = stack(2, Halves)
+    with attach(model, tmp_path), pytest.raises(StateError, match="unit '0' changes an argument in place"):
+        model(batch(0))
+
+
+def test_an_input_changed_in_place_after_its_unit_does_not_change_the_gradient(tmp_path: Path) -> None:
+    def masters(change: bool) -> list[torch.Tensor]:
+        model = stack()
+        with attach(model, tmp_path) as runtime:
+            hidden = model[0](batch(0))
+            result = model[1](hidden)
+            if change:
+                hidden.detach().zero_()
+            result.square().mean().backward()
+            runtime.step()
+            units = [unit for _, unit in runtime.parameters_by_unit()]
+            return [value for unit in units for value in unit.values()]
+
+    for changed, unchanged in zip(masters(True), masters(False), strict=True):
+        assert torch.equal(changed, unchanged)
+
+
+@dataclass
+class Wrapped:
+    value: torch.Tensor
+
+
+class Wrapping(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> Wrapped:
+        return Wrapped(self.linear(x))
+
+
+def test_tensors_that_pytree_does_not_see_in_an_output_are_refused(tmp_path: Path) -> None:
+    model = stack(2, Wrapping)
+    with attach(model, tmp_path), pytest.raises(StateError, match="a unit returned a Wrapped, which holds"):
+        model[0](batch(0))
+
+
+def test_a_unit_called_with_no_rows_trains_as_in_memory(tmp_path: Path) -> None:
+    def step_of(model: torch.nn.Module, step: int) -> None:
+        x = model[0](batch(step))
+        (model[1](x[:0]).sum() + model[2](x).square().mean()).backward()
+
+    compare(stack, step_of, tmp_path)
+
+
+class Complex(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.fft(self.linear(x.real))
+
+
+def test_a_complex_output_passes_its_gradient_on(tmp_path: Path) -> None:
+    def step_of(model: torch.nn.Module, step: int) -> None:
+        model(batch(step).to(torch.complex64)).abs().square().mean().backward()
+
+    compare(lambda: stack(2, Complex), step_of, tmp_path)
+
+
+class Mixing(torch.nn.Module):
+    """Takes nested and keyword tensors and returns a tuple with a None in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, pair: Any, *, scale: torch.Tensor, position: torch.Tensor) -> Any:
+        return torch.tanh(self.linear(x) * scale + pair["a"][0] + position), None, {"scale": scale * 2}
+
+
+class Mixture(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(WIDTH, WIDTH)
+        self.blocks = torch.nn.ModuleList(Mixing() for _ in range(4))
+
+    def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        shared = self.first(x)
+        scale = shared.mean(-1, keepdim=True)
+        h = x
+        for block in self.blocks:
+            h, nothing, more = block(h, {"a": (shared, 3)}, scale=scale, position=position)
+            assert nothing is None
+            h = h + more["scale"]
+        return h
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_tensors_shared_by_all_units_get_their_whole_gradient(rows: int | None, tmp_path: Path) -> None:
+    found: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+
+    def step_of(model: torch.nn.Module, step: int) -> None:
+        inputs = batch(step).unsqueeze(1).repeat(1, 5, 1).requires_grad_()
+        position = torch.linspace(0, 1, 5 * WIDTH).view(1, 5, WIDTH).requires_grad_()
+        model(inputs, position).square().mean().backward()
+        streamed = hasattr(model.first, "forward") and "forward" in vars(model.first)
+        found[streamed] += [inputs.grad, position.grad]
+
+    compare(Mixture, step_of, tmp_path, rows=rows)
+    for streamed, plain in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(streamed, plain, rtol=1e-5, atol=1e-7)
