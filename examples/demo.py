@@ -18,9 +18,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-# Before torch is imported: everything is local, and threads that wait must not spin.
+# Before transformers is imported: everything is local.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import transformers

@@ -14,9 +14,8 @@ import shutil
 import sys
 from pathlib import Path
 
-# Before transformers is imported: everything is local, and threads that wait must not spin.
+# Before transformers is imported: everything is local.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from pydoc_data import topics
 

@@ -24,10 +24,8 @@ from .finetune import finetune_command
 
 __all__ = ["main"]
 
-# Read when torch, its OpenMP runtime and the Hugging Face libraries are loaded.
+# Read when the Hugging Face libraries are loaded.
 ENVIRONMENT = {
-    # I/O and update threads share the cores with OpenMP; one that spins takes a core from them.
-    "OMP_WAIT_POLICY": "passive",
     # Models come from local directories only; a mistyped path must not become a download.
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
