@@ -8,6 +8,7 @@ and only then replace the model's parameters and take over its units.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from .masters import Masters
 from .optim import StreamedAdamW, default_param_groups
 from .optim.updater import Updater
 from .options import RuntimeOptions
-from .placeholders import placeholder, refuse_state_dict
+from .placeholders import placeholder, refuse_load_state_dict, refuse_state_dict
 from .plan import MemoryPlan, plan_memory, shared_owners
 from .records import RecordSet, record_sets, store_records
 from .residents import ResidentRecords
@@ -272,6 +273,7 @@ def _open_store(
         assert options.run_id is not None
         store = own(Store.open(options.disk, engine=engine, run_id=options.run_id))
         _check_same_records(store, records)
+        _check_same_identity(store, _identity(options, records))
     else:
         store = own(
             Store.create(
@@ -280,7 +282,7 @@ def _open_store(
                 engine=engine,
                 run_id=options.run_id,
                 chunk_nbytes=options.chunk_nbytes,
-                identity={"dtype": options.dtype, "chunk_numel": options.chunk_numel},
+                identity=_identity(options, records),
             )
         )
     return store
@@ -296,6 +298,36 @@ def _check_same_records(store: Store, records: Mapping[str, RecordSet]) -> None:
             f"run {store.run_id} is of another model or format: {len(differing)} records differ, the first"
             f" is {name!r} with {found.get(name, 'no')} bytes in the run and {wanted.get(name, 'no')} here;"
             " resume with the model, dtype and chunk_numel it began with"
+        )
+
+
+def _identity(options: RuntimeOptions, records: Mapping[str, RecordSet]) -> dict[str, Any]:
+    """Return what the bytes of the records mean: records of one size may hold other things."""
+    layout = hashlib.sha256()
+    for record in records.values():
+        for trainable, specs in ((True, record.layout.trainable), (False, record.layout.frozen)):
+            for spec in specs:
+                layout.update(repr((record.owner, trainable, spec.name, spec.shape, spec.offset)).encode())
+    return {
+        "dtype": options.dtype,
+        "compute_dtype": options.compute_dtype,
+        "chunk_numel": options.chunk_numel,
+        "layout": layout.hexdigest(),
+    }
+
+
+def _check_same_identity(store: Store, wanted: Mapping[str, Any]) -> None:
+    # Runs begun before an entry existed do not have it.
+    differing = {name: found for name, found in store.identity.items() if wanted.get(name, found) != found}
+    if "layout" in differing:
+        raise ConfigError(
+            f"run {store.run_id} holds the same amount of other parameters: names, shapes, or what is frozen"
+            " (requires_grad) differ; resume with the model it began with"
+        )
+    for name, found in differing.items():
+        raise ConfigError(
+            f"run {store.run_id} was begun with {name}={found!r}, not {wanted[name]!r}, and its records are"
+            f" laid out for that; resume with {name}={found!r}"
         )
 
 
@@ -348,8 +380,9 @@ def _take_over(model: torch.nn.Module, runtime: Runtime, parts: Parts, groups: l
         unit.name: StreamedUnit(unit, model.get_submodule(unit.name), parts.records, runtime)
         for unit in parts.units
     }
-    hooks = [
-        unit.module.register_state_dict_pre_hook(refuse_state_dict)  # type: ignore[no-untyped-call]
-        for unit in streamed.values()
-    ]
+    hooks = []
+    for unit in streamed.values():
+        # torch leaves these methods untyped.
+        hooks.append(unit.module.register_state_dict_pre_hook(refuse_state_dict))  # type: ignore[no-untyped-call]
+        hooks.append(unit.module.register_load_state_dict_pre_hook(refuse_load_state_dict))  # type: ignore[no-untyped-call]
     runtime.install(StreamedAdamW(named_groups, runtime.step, parts.options.optimizer), streamed, hooks)

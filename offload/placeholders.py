@@ -15,7 +15,7 @@ import torch
 
 from .errors import StateError
 
-__all__ = ["StreamedGradient", "placeholder", "refuse_state_dict"]
+__all__ = ["StreamedGradient", "placeholder", "refuse_load_state_dict", "refuse_state_dict"]
 
 # What optimizers, schedulers and printing may ask of a gradient without touching its values.
 _HARMLESS = frozenset(
@@ -51,6 +51,18 @@ def placeholder(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     """Return a parameter on the meta device with the shape, dtype and flags of `parameter`."""
     empty = torch.empty_like(parameter, device="meta")
     return torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def refuse_load_state_dict(*_: Any, **__: Any) -> None:
+    """Raise instead of copying values into placeholders, where they are lost; a pre-hook.
+
+    Raises:
+        StateError: always.
+    """
+    raise StateError(
+        "load_state_dict() of an attached model: its values live in the offload runtime; load them before"
+        " attaching, or bring the model back with runtime.detach() first"
+    )
 
 
 def refuse_state_dict(*_: Any, **__: Any) -> None:
