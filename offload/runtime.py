@@ -18,6 +18,7 @@ waits in `loss.backward()`.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -134,6 +135,7 @@ class Runtime:
         self._updated: set[str] = set()
         self._settings: dict[str, ParameterSettings] | None = None
         self._failure: BaseException | None = None
+        self._running: str | None = None
         self._closed = False
         self.optimizer: StreamedAdamW
         self._streamed: dict[str, StreamedUnit] = {}
@@ -192,8 +194,9 @@ class Runtime:
                 the data.
 
         Raises:
-            StateError: no backward has run since the last step, a visit of this step failed, or the
-                runtime is closed.
+            StateError: no backward has run since the last step, a visit of this step failed, settings
+                of the optimizer changed since the backward, or the runtime is closed.
+            TypeError, ValueError: `state` is not JSON.
             OffloadError: background work of this step or an earlier one failed.
         """
         parts = self._parts
@@ -201,6 +204,13 @@ class Runtime:
         self._count_dropped()
         if not self._updated and not parts.gradients.pending():
             raise StateError("step() without a backward: call loss.backward() on the model's output first")
+        # A copy, since the commit lags behind the loop that goes on to change its own.
+        user = json.loads(json.dumps(dict(state or {})))
+        if self._settings is not None and self._settings != self._present_settings():
+            raise StateError(
+                "settings of the optimizer (lr, betas, eps, weight_decay) changed between backward() and"
+                " step(): updates run during backward and used the ones before; change them behind step()"
+            )
         self._settle_unfinished()
         parts.activations.reset()
         self._global_step += 1
@@ -208,7 +218,7 @@ class Runtime:
         self._learn_order()
         if self._global_step % parts.options.save_steps == 0:
             parts.updater.commit(
-                {"step": self._global_step, "rng": capture_rng(), "user": dict(state or {})},
+                {"step": self._global_step, "rng": capture_rng(), "user": user},
                 self._global_step,
             )
         self._expected.clear()
@@ -320,13 +330,22 @@ class Runtime:
     def enter(self, visit: Visit, kind: Pass) -> Mapping[str, WeightsOnDevice]:
         """Fetch the weights of a visit; see `Transfer.enter`."""
         self._check_usable()
-        if visit.phase is Phase.FORWARD and kind is Pass.TRAIN:
+        if visit.phase is Phase.FORWARD:
             self._check_not_updated(visit.unit)
+        if self._running is not None:
+            raise StateError(
+                f"unit {visit.unit!r} was called while unit {self._running!r} runs: units run one at a time;"
+                " call it before or behind, or register it as a part of the other (a child module)"
+            )
+        if visit.phase is Phase.FORWARD and kind is Pass.TRAIN:
             self._seen_order.append(visit.unit)
-        return self._parts.transfer.enter(visit, kind)
+        weights = self._parts.transfer.enter(visit, kind)
+        self._running = visit.unit
+        return weights
 
     def leave(self, visit: Visit, kind: Pass) -> None:
         """Release the weights of a visit; see `Transfer.leave`."""
+        self._running = None
         self._parts.transfer.leave(visit, kind)
 
     def expect_backward(self, unit: Unit) -> None:
@@ -360,11 +379,7 @@ class Runtime:
     def _start_update(self, owner: str, gradient: Any) -> None:
         if self._settings is None:
             # The learning rate of a step is fixed when its first unit is updated.
-            self._settings = {
-                name: self.optimizer.settings_for(name)
-                for names in (group["param_names"] for group in self.optimizer.param_groups)
-                for name in names
-            }
+            self._settings = self._present_settings()
         self._updated.add(owner)
         weights = self._parts.transfer.take_host(owner)
         self._parts.updater.submit(
@@ -373,6 +388,13 @@ class Runtime:
         for spec in self._parts.records[owner].layout.trainable:
             parameter = self._parts.model.get_parameter(spec.name)
             parameter.grad = torch.empty_like(parameter).as_subclass(StreamedGradient)
+
+    def _present_settings(self) -> dict[str, ParameterSettings]:
+        return {
+            name: self.optimizer.settings_for(name)
+            for group in self.optimizer.param_groups
+            for name in group["param_names"]
+        }
 
     def _settle_unfinished(self) -> None:
         """Update the records whose announced visits did not all run; see [Note: when an update starts]."""

@@ -337,8 +337,10 @@ class StreamedUnit:
         try:
             yield weights
         except BaseException as error:
-            # Not handled here: noted, so that a half-done step is never committed, and raised on.
-            self._host.abandon(error)
+            # Not handled here: noted, so that a half-done step is never committed, and raised on. A
+            # forward without a graph is no part of the step.
+            if kind is Pass.TRAIN:
+                self._host.abandon(error)
             raise
         finally:
             self._host.leave(visit, kind)

@@ -312,3 +312,135 @@ def test_tensors_shared_by_all_units_get_their_whole_gradient(rows: int | None, 
     compare(Mixture, step_of, tmp_path, rows=rows)
     for streamed, plain in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(streamed, plain, rtol=1e-5, atol=1e-7)
+
+
+def pairs() -> torch.nn.Sequential:
+    def block() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False))
+
+    return stack(2, block)
+
+
+def resume(model: torch.nn.Module, run_id: str, disk: Path, **settings: Any) -> Any:
+    return attach(model, disk, run_id=run_id, resume=True, **settings)
+
+
+def test_resume_with_another_chunk_numel_is_refused(tmp_path: Path) -> None:
+    with attach(pairs(), tmp_path) as runtime:
+        run_id = runtime.run_id
+    with pytest.raises(ConfigError, match="begun with chunk_numel=4096, not 2048"):
+        resume(pairs(), run_id, tmp_path, chunk_numel=2048)
+
+
+def test_resume_with_other_parameters_frozen_is_refused(tmp_path: Path) -> None:
+    model, other = pairs(), pairs()
+    model[0][0].weight.requires_grad_(False)
+    other[0][1].weight.requires_grad_(False)
+    with attach(model, tmp_path) as runtime:
+        run_id = runtime.run_id
+    with pytest.raises(ConfigError, match="what is frozen"):
+        resume(other, run_id, tmp_path)
+
+
+def test_resume_with_other_budgets_and_homes_continues_bit_for_bit(tmp_path: Path) -> None:
+    def steps(model: torch.nn.Module, runtime: Any, which: range) -> list[float]:
+        losses = []
+        for step in which:
+            loss = model(batch(step)).square().mean()
+            loss.backward()
+            runtime.step()
+            losses.append(loss.item())
+        return losses
+
+    model = stack(8)
+    with attach(model, tmp_path) as runtime:
+        expected = steps(model, runtime, range(9))
+    model = stack(8)
+    with attach(model, tmp_path) as runtime:
+        found = steps(model, runtime, range(3))
+        run_id = runtime.run_id
+    for which, settings in ((range(3, 6), MINIMAL), (range(6, 9), {"home": "host"})):
+        model = stack(8)
+        with resume(model, run_id, tmp_path, **settings) as runtime:
+            found += steps(model, runtime, which)
+    assert found == expected
+
+
+def test_an_evaluation_between_backward_and_step_is_refused(tmp_path: Path) -> None:
+    model = stack()
+    with attach(model, tmp_path) as runtime:
+        model(batch(0)).sum().backward()
+        with torch.no_grad(), pytest.raises(StateError, match="already updated in this step"):
+            model(batch(0))
+        runtime.step()
+        with torch.no_grad():
+            model(batch(0))
+
+
+def test_a_learning_rate_changed_between_backward_and_step_is_refused(tmp_path: Path) -> None:
+    model = stack()
+    with attach(model, tmp_path) as runtime:
+        model(batch(0)).sum().backward()
+        runtime.optimizer.param_groups[0]["lr"] = 1.0
+        with pytest.raises(StateError, match="changed between backward"):
+            runtime.step()
+        assert runtime.global_step == 0
+
+
+def test_the_state_of_a_step_is_the_one_at_its_call(tmp_path: Path) -> None:
+    model = stack()
+    seen: list[int] = []
+    with attach(model, tmp_path) as runtime:
+        for step in range(3):
+            model(batch(step)).sum().backward()
+            seen.append(step)
+            runtime.step({"seen": seen})
+            seen.append(-1)
+        run_id = runtime.run_id
+    with resume(stack(), run_id, tmp_path) as runtime:
+        assert runtime.state == {"seen": [0, -1, 1, -1, 2]}
+
+
+def test_a_state_that_is_not_json_is_refused_by_the_step_it_was_given_to(tmp_path: Path) -> None:
+    model = stack()
+    with attach(model, tmp_path) as runtime:
+        model(batch(0)).sum().backward()
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            runtime.step({"loss": torch.ones(1)})
+        runtime.step({"loss": 1.0})
+
+
+def test_load_state_dict_of_an_attached_model_is_refused(tmp_path: Path) -> None:
+    model, values = stack(), stack().state_dict()
+    with attach(model, tmp_path), pytest.raises(StateError, match="load them before"):
+        model.load_state_dict(values)
+    model = stack()
+    with attach(model, tmp_path) as runtime:
+        runtime.detach()
+    model.load_state_dict(values)
+
+
+def test_an_error_in_an_evaluation_does_not_end_the_run(tmp_path: Path) -> None:
+    model = stack()
+    with attach(model, tmp_path) as runtime:
+        with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be multiplied"):
+            model(torch.ones(2, 3))
+        model(batch(0)).sum().backward()
+        runtime.step()
+
+
+class Calling(torch.nn.Module):
+    def __init__(self, other: torch.nn.Module) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(WIDTH, WIDTH)
+        self.others = (other,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.others[0](x))
+
+
+def test_a_unit_that_calls_another_unit_is_refused(tmp_path: Path) -> None:
+    first = torch.nn.Linear(WIDTH, WIDTH)
+    model = torch.nn.Sequential(first, Calling(first))
+    with attach(model, tmp_path), pytest.raises(StateError, match="'0' was called while unit '1' runs"):
+        model(batch(0))
