@@ -200,6 +200,7 @@ class Transfer:
             self._release_idle(keep=())
             while any(not copy.ready for copy in self._copies.values()):
                 self._raise_if_unusable()
+                self._release_idle(keep=())
                 self._changed.wait()
             for copy in list(self._copies.values()):
                 if not self._keep_on_device:
@@ -252,7 +253,9 @@ class Transfer:
                     counted.add(owner)
             if len(counted) == len(owners) and all(self._copies[owner].ready for owner in owners):
                 break
-            if self._starved in owners:
+            if self._starved is not None:
+                # The fetch thread waits for a slot, for one of `owners` or for a record in front of it that
+                # was predicted before the model took another path: nobody but this thread frees one.
                 self._release_idle(keep=owners)
             self._changed.wait()
         ended_s = time.perf_counter()
@@ -295,13 +298,15 @@ class Transfer:
         try:
             while True:
                 owner = self._next_to_read(block=not reading)
+                if owner is None and not reading:
+                    return
                 if owner is not None:
                     copy = self._begin_read(owner, block=not reading)
                     if copy is not None:
                         reading.append(copy)
+                    if copy is not None or not reading:
+                        # None and nothing to do: the record was not wanted any more when a slot came free.
                         continue
-                if not reading:
-                    return
                 self._to_device(reading[0])
                 reading.popleft()
         except Exception as error:  # noqa: BLE001 - the end of the thread: unreported, all who wait would hang

@@ -444,3 +444,34 @@ def test_a_unit_that_calls_another_unit_is_refused(tmp_path: Path) -> None:
     model = torch.nn.Sequential(first, Calling(first))
     with attach(model, tmp_path), pytest.raises(StateError, match="'0' was called while unit '1' runs"):
         model(batch(0))
+
+
+def test_running_statistics_count_a_batch_once(tmp_path: Path) -> None:
+    def block() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.BatchNorm1d(WIDTH))
+
+    def step_of(model: torch.nn.Module, step: int) -> None:
+        model(batch(step)).square().mean().backward()
+
+    model, plain = compare(lambda: stack(3, block), step_of, tmp_path, steps=1)
+    for found, expected in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_fetch_thread_outlives_a_record_that_is_no_longer_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_read = Transfer._begin_read
+    calls = []
+
+    def unwanted_at_first(self: Transfer, owner: str, *, block: bool) -> Any:
+        # As when the model took another path while the thread waited for a slot.
+        calls.append(owner)
+        return None if len(calls) == 1 else begin_read(self, owner, block=block)
+
+    monkeypatch.setattr(Transfer, "_begin_read", unwanted_at_first)
+    model = stack()
+    with attach(model, tmp_path) as runtime:
+        model(batch(0)).sum().backward()
+        runtime.step()
+    assert len(calls) > 1
