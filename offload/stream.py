@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from .activations import Activations, SavedTensor
@@ -109,6 +110,7 @@ class _Call:
         rows: the cut of the batch, (start, stop) for each micro-batch.
         batch: the size of the first dimension of what is cut, None when nothing is.
         rng: generator states before each micro-batch.
+        changed_buffers: buffers of the unit that the forward wrote (running statistics).
         autocast: the state of autocast in the forward, which holds for the recompute, too.
         output_tree: structure of the result.
         step: `global_step` of the forward.
@@ -125,6 +127,7 @@ class _Call:
     rng: list[Any]
     output_tree: pytree.TreeSpec | None = None
     output_leaves: list[Any] | None = None
+    changed_buffers: tuple[torch.Tensor, ...] = ()
     autocast: list[tuple[str, torch.dtype, bool]] = field(default_factory=list)
     step: int = 0
     awaited: weakref.finalize[Any, _Call] | None = None
@@ -234,6 +237,8 @@ class StreamedUnit:
                 # require grad (masks, positions, token ids) is shared by all units and stays.
                 call.saved[index] = host.activations.save(tensor, self.unit.name)
         versions = [_version(tensor) for tensor in tensors]
+        buffers = [(buffer, _version(buffer)) for buffer in self.module.buffers()]
+        statistics = _running_statistics(self.module)
         visit = Visit(self.unit.name, Phase.FORWARD)
         parts: list[list[torch.Tensor]] = []
         with self._visit(visit, Pass.TRAIN) as weights, self._bound(weights, None):
@@ -247,6 +252,9 @@ class StreamedUnit:
                     f"unit {self.unit.name!r} changes an argument in place, so its backward could not run its"
                     " forward a second time on the same values; let it work on a copy (x = x + y, not x += y)"
                 )
+        call.changed_buffers = tuple(
+            buffer for buffer, version in buffers if _version(buffer) != version or id(buffer) in statistics
+        )
         host.expect_backward(self.unit)
         call.step = host.global_step
         dropped = DroppedCall(self.unit.name, call.step, tuple(call.saved.values()))
@@ -282,7 +290,7 @@ class StreamedUnit:
         gradients: list[list[torch.Tensor | None]] = [[] for _ in inputs]
         with self._visit(visit, Pass.TRAIN) as weights:
             buffers = host.begin_gradients(self.unit)
-            with self._bound(weights, buffers), host.rng.preserved():
+            with self._bound(weights, buffers), host.rng.preserved(), _buffers_preserved(call):
                 for (start, stop), state in zip(call.cuts, call.rng, strict=True):
                     host.rng.set(state)
                     with host.trace.span(self.unit.name, "compute", phase="backward", row=start):
@@ -408,6 +416,18 @@ _TENSOR = object()
 
 
 @contextlib.contextmanager
+def _buffers_preserved(call: _Call) -> Iterator[None]:
+    """Undo what a recompute writes into buffers: the forward has counted this batch already."""
+    before = [(buffer, buffer.clone()) for buffer in call.changed_buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in before:
+                buffer.copy_(values)
+
+
+@contextlib.contextmanager
 def _autocast_as(call: _Call) -> Iterator[None]:
     """Cast as the forward of `call` did. Without autocast's cache: it would keep every cast weight."""
     with contextlib.ExitStack() as entered:
@@ -447,6 +467,12 @@ def _apart_from(weights: Mapping[str, WeightsOnDevice], leaves: list[Any]) -> li
     if not any(is_view(leaf) for leaf in leaves):
         return leaves
     return [leaf.clone() if is_view(leaf) else leaf for leaf in leaves]
+
+
+def _running_statistics(module: torch.nn.Module) -> set[int]:
+    # torch's batch norms write them without counting a version.
+    norms = (inner for inner in module.modules() if isinstance(inner, _NormBase))
+    return {id(buffer) for norm in norms for buffer in norm.buffers() if norm.training}
 
 
 def _hides_tensors(leaf: Any) -> bool:
