@@ -219,6 +219,8 @@ class Updater:
 
     def _drop(self, item: Update | _Commit) -> None:
         if isinstance(item, Update):
+            # The copy into it may not have ended.
+            item.gradient.arrived.wait()
             item.gradient.host.release()
             if self._residents is None:
                 item.weights.release()
