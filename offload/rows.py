@@ -26,6 +26,7 @@ def micro_batches(
     batch = next((tensor.shape[0] for tensor in tensors if tensor.dim() >= 2), None)
     if batch is None or rows is None or batch <= rows:
         return None, ((0, 0),)
+    _refuse_ambiguity(tensors, batch)
     return batch, tuple((start, min(start + rows, batch)) for start in range(0, batch, rows))
 
 
@@ -84,3 +85,20 @@ def join_gradient(
     for piece in found[1:]:
         total = total + piece
     return total
+
+
+def _refuse_ambiguity(tensors: Sequence[torch.Tensor], batch: int) -> None:
+    """Refuse to guess which dimension is the batch when rows are as many as tokens.
+
+    A mask of [tokens, tokens] and a table of [tokens, width] would be cut then, and broadcast.
+
+    Raises:
+        StateError: the batch's size stands twice in its tensor, and another tensor begins with it.
+    """
+    first, *others = [tensor for tensor in tensors if tensor.dim() >= 2]
+    if batch in first.shape[1:] and any(tensor.shape[0] == batch for tensor in others):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (first, *others))
+        raise StateError(
+            f"cannot tell rows from tokens: both are {batch} in the arguments of a unit ({shapes}); give a"
+            " batch of another size or length, or attach with rows=None"
+        )

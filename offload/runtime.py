@@ -30,6 +30,7 @@ import torch
 
 from .activations import Activations
 from .buffers import Budget
+from .calls import DroppedCall
 from .checkpoint import ExportOptions, export
 from .errors import StateError
 from .gradients import GradientBuffer, Gradients
@@ -44,7 +45,7 @@ from .residents import ResidentRecords
 from .rng import DeviceRng, capture_rng
 from .schedule import Pass, Phase, Schedule, Visit, completion_order
 from .store import Store
-from .stream import DroppedCall, StreamedUnit
+from .stream import StreamedUnit
 from .trace import Tracer
 from .transfer import Transfer, WeightsOnDevice
 from .units import Unit

@@ -1,10 +1,9 @@
 """Runs one unit with streamed weights: forward without a graph, backward by recomputation.
 
-Owns the autograd function that stands in for a unit in the outer graph, and the binding of fetched
-weights to the unit's modules while it runs. Each call of a unit becomes one node: its forward cuts
-the batch into micro-batches and runs them without a graph, saving their inputs; its backward fetches
-the weights again, recomputes each micro-batch with a graph, and adds the gradients into one flat
-buffer per record, which the runtime then hands to the optimizer.
+Owns the autograd function that stands in for a unit in the outer graph. Each call of a unit becomes
+one node: its forward cuts the batch into micro-batches and runs them without a graph, saving their
+inputs; its backward fetches the weights again, recomputes each micro-batch with a graph, and adds the
+gradients into one flat buffer per record, which the runtime then hands to the optimizer.
 
 [Note: taking over a unit's forward] `attach` gives each unit's module an instance attribute
 `forward`, as accelerate's hooks do, and `detach` deletes it again. Unlike a wrapper module it leaves
@@ -12,11 +11,6 @@ names, classes, isinstance checks, hooks and attributes that the model reads as 
 
 [Note: the anchor] Autograd calls a node's backward only if an input requires grad. The first unit
 gets token ids; a scalar that requires grad, given to every call, makes all nodes part of the graph.
-
-[Note: binding] While a unit runs, its `_parameters` hold views of the fetched buffers: plain leaf
-tensors whose `.grad` is a view of the gradient buffer, so that autograd accumulates in place and no
-gradient of a whole unit exists beside it. Outside, they hold parameters on the meta device, which
-refuse to give values.
 
 Thread rule: forward on the caller's thread, backward on autograd's (the same one on CPU).
 """
@@ -28,14 +22,25 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
-from .activations import Activations, SavedTensor
+from .activations import Activations
+from .binding import ParameterBinder, apart_from
+from .calls import (
+    TENSOR,
+    Call,
+    DroppedCall,
+    autocast_as,
+    buffers_preserved,
+    is_cache,
+    may_have_gradient,
+    running_statistics,
+    tensor_leaves,
+    version_of,
+)
 from .errors import StateError
 from .gradients import GradientBuffer
 from .records import RecordSet
@@ -46,18 +51,9 @@ from .trace import Tracer
 from .transfer import WeightsOnDevice
 from .units import Unit
 
-__all__ = ["DroppedCall", "StreamedUnit", "UnitHost"]
+__all__ = ["StreamedUnit", "UnitHost"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DroppedCall:
-    """A forward with a graph whose backward will never come, because the graph is gone."""
-
-    unit: str
-    step: int
-    saved: tuple[SavedTensor, ...]
 
 
 class UnitHost(Protocol):
@@ -88,51 +84,6 @@ class UnitHost(Protocol):
         """Note that a visit failed: the step cannot be completed."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where one tensor of a record is bound: `module._parameters[name]`."""
-
-    module: torch.nn.Module
-    name: str
-    owner: str
-    tensor: str
-
-
-@dataclass
-class _Call:
-    """One call of a unit, kept from its forward to its backward.
-
-    Attributes:
-        tree: the pytree structure of (args, kwargs).
-        leaves: its leaves; None where a tensor was saved.
-        kept: for each leaf that is a tensor kept by reference, its index in the saved tensors.
-        saved: for each leaf that was copied to the host.
-        rows: the cut of the batch, (start, stop) for each micro-batch.
-        batch: the size of the first dimension of what is cut, None when nothing is.
-        rng: generator states before each micro-batch.
-        changed_buffers: buffers of the unit that the forward wrote (running statistics).
-        autocast: the state of autocast in the forward, which holds for the recompute, too.
-        output_tree: structure of the result.
-        step: `global_step` of the forward.
-        awaited: notes the call as dropped when it is collected; dead once its backward has begun.
-    """
-
-    tree: pytree.TreeSpec
-    leaves: list[Any]
-    tensor_indices: tuple[int, ...]
-    saved: dict[int, SavedTensor]
-    wants_grad: tuple[bool, ...]
-    cuts: tuple[tuple[int, int], ...]
-    batch: int | None
-    rng: list[Any]
-    output_tree: pytree.TreeSpec | None = None
-    output_leaves: list[Any] | None = None
-    changed_buffers: tuple[torch.Tensor, ...] = ()
-    autocast: list[tuple[str, torch.dtype, bool]] = field(default_factory=list)
-    step: int = 0
-    awaited: weakref.finalize[Any, _Call] | None = None
-
-
 class StreamedUnit:
     """One unit of an attached model; `install` takes over its forward, `remove` gives it back."""
 
@@ -141,12 +92,8 @@ class StreamedUnit:
     ) -> None:
         self.unit = unit
         self.module = module
-        self._records = records
         self._host = host
-        self._places = [
-            _Place(*_split_path(module, binding.path), binding.owner, binding.tensor)
-            for binding in unit.bindings
-        ]
+        self._binder = ParameterBinder(unit, module, records)
         self._trained_owners = tuple(
             dict.fromkeys(binding.owner for binding in unit.bindings if binding.trainable)
         )
@@ -180,7 +127,7 @@ class StreamedUnit:
         indices = tuple(index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
         tensors = [leaves[index] for index in indices]
         batch, cuts = micro_batches(tensors, self._host.rows)
-        call = _Call(
+        call = Call(
             tree=tree,
             leaves=[None if index in indices else leaf for index, leaf in enumerate(leaves)],
             tensor_indices=indices,
@@ -194,7 +141,7 @@ class StreamedUnit:
         outputs = _RunUnit.apply(self, call, self._host.anchor, *tensors)  # type: ignore[no-untyped-call]
         assert call.output_tree is not None and call.output_leaves is not None
         results = iter(outputs)
-        filled = [next(results) if leaf is _TENSOR else leaf for leaf in call.output_leaves]
+        filled = [next(results) if leaf is TENSOR else leaf for leaf in call.output_leaves]
         return pytree.tree_unflatten(filled, call.output_tree)
 
     def _autocast(self) -> list[tuple[str, torch.dtype, bool]]:
@@ -205,30 +152,30 @@ class StreamedUnit:
         visit = Visit(self.unit.name, Phase.FORWARD)
         with (
             self._visit(visit, Pass.INFER) as weights,
-            self._bound(weights, None),
+            self._binder.bound(weights, None),
             self._host.trace.span(self.unit.name, "compute", phase="infer"),
         ):
             result = self._original(*args, **kwargs)
             leaves, tree = pytree.tree_flatten(result)
-            kept = _apart_from(weights, leaves)
+            kept = apart_from(weights, leaves)
             return result if kept is leaves else pytree.tree_unflatten(kept, tree)
 
     def _without_cache(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Drop KV caches: a recompute would append the same keys to them a second time."""
-        if not any(_is_cache(value) for value in (*args, *kwargs.values())) and not kwargs.get("use_cache"):
+        if not any(is_cache(value) for value in (*args, *kwargs.values())) and not kwargs.get("use_cache"):
             return args, kwargs
         if not self._warned_cache:
             self._warned_cache = True
             logger.info("%s: a KV cache was given to it and is dropped while training", self.unit.name)
-        args = tuple(None if _is_cache(value) else value for value in args)
-        kwargs = {name: None if _is_cache(value) else value for name, value in kwargs.items()}
+        args = tuple(None if is_cache(value) else value for value in args)
+        kwargs = {name: None if is_cache(value) else value for name, value in kwargs.items()}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         return args, kwargs
 
-    def run_forward(self, call: _Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def run_forward(self, call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run all micro-batches without a graph; fill `call` with what backward needs."""
         host = self._host
         for index, tensor, wants in zip(call.tensor_indices, tensors, call.wants_grad, strict=True):
@@ -236,24 +183,24 @@ class StreamedUnit:
                 # Outputs of the unit before: one per unit, so they go to the host. What does not
                 # require grad (masks, positions, token ids) is shared by all units and stays.
                 call.saved[index] = host.activations.save(tensor, self.unit.name)
-        versions = [_version(tensor) for tensor in tensors]
-        buffers = [(buffer, _version(buffer)) for buffer in self.module.buffers()]
-        statistics = _running_statistics(self.module)
+        versions = [version_of(tensor) for tensor in tensors]
+        buffers = [(buffer, version_of(buffer)) for buffer in self.module.buffers()]
+        statistics = running_statistics(self.module)
         visit = Visit(self.unit.name, Phase.FORWARD)
         parts: list[list[torch.Tensor]] = []
-        with self._visit(visit, Pass.TRAIN) as weights, self._bound(weights, None):
+        with self._visit(visit, Pass.TRAIN) as weights, self._binder.bound(weights, None):
             for start, stop in call.cuts:
                 call.rng.append(host.rng.get())
                 with host.trace.span(self.unit.name, "compute", phase="forward", row=start):
                     result = self._original_on(call, cut(tensors, call.batch, start, stop))
-                parts.append(_apart_from(weights, _tensor_leaves(call, result)))
-            if versions != [_version(tensor) for tensor in tensors]:
+                parts.append(apart_from(weights, tensor_leaves(call, result)))
+            if versions != [version_of(tensor) for tensor in tensors]:
                 raise StateError(
                     f"unit {self.unit.name!r} changes an argument in place, so its backward could not run its"
                     " forward a second time on the same values; let it work on a copy (x = x + y, not x += y)"
                 )
         call.changed_buffers = tuple(
-            buffer for buffer, version in buffers if _version(buffer) != version or id(buffer) in statistics
+            buffer for buffer, version in buffers if version_of(buffer) != version or id(buffer) in statistics
         )
         host.expect_backward(self.unit)
         call.step = host.global_step
@@ -266,7 +213,7 @@ class StreamedUnit:
 
     def run_backward(
         self,
-        call: _Call,
+        call: Call,
         kept: Sequence[torch.Tensor | None],
         grad_outputs: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor | None]:
@@ -290,7 +237,7 @@ class StreamedUnit:
         gradients: list[list[torch.Tensor | None]] = [[] for _ in inputs]
         with self._visit(visit, Pass.TRAIN) as weights:
             buffers = host.begin_gradients(self.unit)
-            with self._bound(weights, buffers), host.rng.preserved(), _buffers_preserved(call):
+            with self._binder.bound(weights, buffers), host.rng.preserved(), buffers_preserved(call):
                 for (start, stop), state in zip(call.cuts, call.rng, strict=True):
                     host.rng.set(state)
                     with host.trace.span(self.unit.name, "compute", phase="backward", row=start):
@@ -309,7 +256,7 @@ class StreamedUnit:
 
     def _backward_micro_batch(
         self,
-        call: _Call,
+        call: Call,
         inputs: Sequence[torch.Tensor | None],
         grad_outputs: Sequence[torch.Tensor | None],
         start: int,
@@ -319,8 +266,8 @@ class StreamedUnit:
             None if tensor is None else tensor.detach().requires_grad_(wants)
             for tensor, wants in zip(cut(inputs, call.batch, start, stop), call.wants_grad, strict=True)
         ]
-        with torch.enable_grad(), _autocast_as(call):
-            outputs = _tensor_leaves(call, self._original_on(call, leaves))
+        with torch.enable_grad(), autocast_as(call):
+            outputs = tensor_leaves(call, self._original_on(call, leaves))
         pairs = [
             (output, grad)
             for output, grad in zip(outputs, cut(grad_outputs, call.batch, start, stop), strict=True)
@@ -332,7 +279,7 @@ class StreamedUnit:
 
     # -- binding -----------------------------------------------------------------------------
 
-    def _original_on(self, call: _Call, tensors: Sequence[torch.Tensor | None]) -> Any:
+    def _original_on(self, call: Call, tensors: Sequence[torch.Tensor | None]) -> Any:
         leaves = list(call.leaves)
         for index, tensor in zip(call.tensor_indices, tensors, strict=True):
             leaves[index] = tensor
@@ -353,51 +300,20 @@ class StreamedUnit:
         finally:
             self._host.leave(visit, kind)
 
-    @contextlib.contextmanager
-    def _bound(
-        self, weights: Mapping[str, WeightsOnDevice], buffers: Mapping[str, GradientBuffer] | None
-    ) -> Iterator[None]:
-        """Bind fetched weights (and gradient views) to the modules for the time of a run."""
-        leaves: dict[tuple[str, str], torch.Tensor] = {}
-        before: list[tuple[_Place, Any]] = []
-        try:
-            for place in self._places:
-                key = (place.owner, place.tensor)
-                if key not in leaves:
-                    leaves[key] = self._leaf(place, weights[place.owner], buffers)
-                before.append((place, place.module._parameters[place.name]))
-                # The annotation says Parameter; modules only read the entry, as a tensor.
-                place.module._parameters[place.name] = leaves[key]  # type: ignore[assignment]
-            yield
-        finally:
-            for place, parameter in before:
-                place.module._parameters[place.name] = parameter
-
-    def _leaf(
-        self, place: _Place, weights: WeightsOnDevice, buffers: Mapping[str, GradientBuffer] | None
-    ) -> torch.Tensor:
-        spec, trainable = self._records[place.owner].locate(place.tensor)
-        flat = weights.trainable if trainable else weights.frozen
-        leaf = flat[spec.offset : spec.end].view(spec.shape).detach()
-        if trainable and buffers is not None:
-            leaf.requires_grad_()
-            leaf.grad = buffers[place.owner].micro[spec.offset : spec.end].view(spec.shape)
-        return leaf
-
 
 class _RunUnit(torch.autograd.Function):
     """The node that stands for one call of a unit."""
 
     @staticmethod
     def forward(
-        ctx: Any, streamed: StreamedUnit, call: _Call, anchor: torch.Tensor, *tensors: torch.Tensor
+        ctx: Any, streamed: StreamedUnit, call: Call, anchor: torch.Tensor, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         outputs = streamed.run_forward(call, tensors)
         ctx.streamed, ctx.call = streamed, call
         ctx.save_for_backward(
             *(None if wants else tensor for tensor, wants in zip(tensors, call.wants_grad, strict=True))
         )
-        ctx.mark_non_differentiable(*(output for output in outputs if not _may_have_gradient(output)))
+        ctx.mark_non_differentiable(*(output for output in outputs if not may_have_gradient(output)))
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -410,97 +326,3 @@ class _RunUnit(torch.autograd.Function):
             )
         gradients = ctx.streamed.run_backward(ctx.call, ctx.saved_tensors, grad_outputs)
         return (None, None, None, *gradients)
-
-
-_TENSOR = object()
-
-
-@contextlib.contextmanager
-def _buffers_preserved(call: _Call) -> Iterator[None]:
-    """Undo what a recompute writes into buffers: the forward has counted this batch already."""
-    before = [(buffer, buffer.clone()) for buffer in call.changed_buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, values in before:
-                buffer.copy_(values)
-
-
-@contextlib.contextmanager
-def _autocast_as(call: _Call) -> Iterator[None]:
-    """Cast as the forward of `call` did. Without autocast's cache: it would keep every cast weight."""
-    with contextlib.ExitStack() as entered:
-        for kind, dtype, enabled in call.autocast:
-            entered.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
-        yield
-
-
-def _tensor_leaves(call: _Call, result: Any) -> list[torch.Tensor]:
-    """Return the tensors of a result, and note the rest of it in `call`."""
-    leaves, tree = pytree.tree_flatten(result)
-    for leaf in leaves:
-        if _hides_tensors(leaf):
-            raise StateError(
-                f"a unit returned a {type(leaf).__name__}, which holds tensors where torch.utils._pytree does"
-                " not see them: their gradients would be lost; return tuples or dicts, or register the class"
-            )
-    call.output_tree = tree
-    call.output_leaves = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _apart_from(weights: Mapping[str, WeightsOnDevice], leaves: list[Any]) -> list[Any]:
-    """Copy what is a view of a weight (a table of positions, cut to length): the next unit's weights
-    will lie in its bytes. Return `leaves` itself when there is nothing to copy."""
-    buffers = {
-        space.untyped_storage().data_ptr()
-        for unit in weights.values()
-        for space in (unit.trainable, unit.frozen)
-        if space.numel()
-    }
-
-    def is_view(leaf: Any) -> bool:
-        strided = isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided and not leaf.is_meta
-        return strided and leaf.untyped_storage().data_ptr() in buffers
-
-    if not any(is_view(leaf) for leaf in leaves):
-        return leaves
-    return [leaf.clone() if is_view(leaf) else leaf for leaf in leaves]
-
-
-def _running_statistics(module: torch.nn.Module) -> set[int]:
-    # torch's batch norms write them without counting a version.
-    norms = (inner for inner in module.modules() if isinstance(inner, _NormBase))
-    return {id(buffer) for norm in norms for buffer in norm.buffers() if norm.training}
-
-
-def _hides_tensors(leaf: Any) -> bool:
-    if isinstance(leaf, torch.Tensor) or _is_cache(leaf):
-        return False
-    return any(
-        isinstance(value, torch.Tensor) and _may_have_gradient(value)
-        for value in getattr(leaf, "__dict__", {}).values()
-    )
-
-
-def _version(tensor: torch.Tensor) -> int:
-    # Tensors made in inference mode count no versions; autograd refuses to save them.
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _may_have_gradient(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _is_cache(value: Any) -> bool:
-    """Return whether `value` is a KV cache, by the methods that all of transformers' caches have.
-
-    By methods and not by name or position: GPT-2 gives its blocks the cache as a positional argument.
-    """
-    return hasattr(value, "get_seq_length") and hasattr(value, "update")
-
-
-def _split_path(module: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:
-    prefix, _, name = path.rpartition(".")
-    return (module.get_submodule(prefix) if prefix else module), name

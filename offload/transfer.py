@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .buffers import Arena, Lease, Pool
-from .device import Device, DeviceArena
+from .device import Device, DeviceArena, Event
 from .errors import OffloadError, StateError
 from .records import RecordSet
 from .residents import ResidentRecords
@@ -67,6 +67,7 @@ class _Copy:
     users: int = 0
     ready: bool = False
     stale: bool = False
+    used: Event | None = None
     tickets: list[Ticket] = field(default_factory=list)
     issued_s: float = 0.0
 
@@ -106,7 +107,6 @@ class Transfer:
         self._position = -1
         self._copies: dict[str, _Copy] = {}
         self._queue: deque[str] = deque()
-        self._waited_for: tuple[str, ...] = ()
         self._starved: str | None = None
         self._updating: set[str] = set()
         self._offered: dict[str, Lease] = {}
@@ -130,7 +130,6 @@ class Transfer:
             position = self._schedule.locate(visit, self._position, kind)
             self._position = self._position if position is None else position
             near = self._schedule.upcoming_records(self._position, kind, self._window)
-            self._waited_for = owners
             for owner in owners:
                 if owner in self._copies:
                     self._copies[owner].users += 1
@@ -139,7 +138,6 @@ class Transfer:
             self._queue = deque(owner for owner in wanted if owner not in self._copies)
             self._changed.notify_all()
             self._wait_until_ready(owners)
-            self._waited_for = ()
             return {owner: self._on_device(self._copies[owner]) for owner in owners}
 
     def leave(self, visit: Visit, kind: Pass) -> None:
@@ -150,6 +148,8 @@ class Transfer:
                 copy = self._copies.get(owner)
                 if copy is not None:
                     copy.users -= 1
+                    # On the stream that computed with it, which need not be the one that releases it.
+                    copy.used = self._device.record_compute()
                     if copy.stale:
                         self._release(copy)
             self._release_idle(keep=near)
@@ -275,7 +275,7 @@ class Transfer:
             return
         del self._copies[copy.owner]
         if copy.device is not None:
-            self._device_arena.release_after(copy.device, self._device.record_compute())
+            self._device_arena.release_after(copy.device, copy.used or self._device.record_compute())
         if copy.host is not None and self._residents is None:
             copy.host.release()
 

@@ -42,6 +42,8 @@ LAYERS = (
     "transfer",
     "activations",
     "rows",
+    "calls",
+    "binding",
     "stream",
     "optim",
     "options",
