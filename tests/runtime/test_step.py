@@ -194,6 +194,7 @@ def test_a_write_error_in_the_background_surfaces_in_the_loop(
         raise StorageError("the drive is gone", errno=5, path=str(tmp_path))
 
     monkeypatch.setattr(Store, "write", fail)
+
     def loop() -> None:
         train("mlp", runtime, model, range(3))
         runtime.synchronize()
