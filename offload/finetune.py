@@ -366,12 +366,14 @@ def _report(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Prog
     if steps:
         seconds = sum(record["seconds"] for record in steps)
         rate = sum(record["num_tokens"] for record in steps) / max(seconds, 1e-9)
+        # Single batches differ more than a short run improves.
+        span = max(1, len(steps) // 4)
         # The first step pays for warming up; the median step is what a longer run would see.
         read = float(np.median([record["disk_read_nbytes"] for record in steps]))
         written = float(np.median([record["disk_written_nbytes"] for record in steps]))
         progress.line(
-            f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f} in {len(steps)} steps, "
-            f"{format_time(seconds)}, {rate:,.0f} tokens/s"
+            f"loss {_mean_loss(steps[:span]):.4f} -> {_mean_loss(steps[-span:]):.4f} in {len(steps)} steps"
+            f" (means of the first and last {span}), {format_time(seconds)}, {rate:,.0f} tokens/s"
         )
         progress.line(
             f"per step: {format_amount(read)} read, {format_amount(written)} written "
@@ -382,6 +384,10 @@ def _report(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Prog
         f"peaks: host {format_bytes(stats.host_high_water_nbytes)}, device "
         f"{format_bytes(stats.device_high_water_nbytes)} under lease"
     )
+
+
+def _mean_loss(records: list[dict[str, Any]]) -> float:
+    return float(np.mean([record["loss"] for record in records]))
 
 
 def _export(
