@@ -27,8 +27,9 @@ test: setup ## Run the tests, the slow ones aside
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 .PHONY: soak
-soak: setup ## Run the slow tests: real kills, large models, long runs
+soak: setup ## Run the slow tests: real kills, large models, long runs, and copies as late as a GPU's
 	$(BIN)/python -m pytest -m slow --timeout=3600 $(ARGS)
+	OFFLOAD_DEBUG=1 $(BIN)/python -m pytest tests/runtime tests/test_device.py tests/test_buffers.py
 
 .PHONY: check
 check: setup ## Lint, formatting and types, of Python and C++
