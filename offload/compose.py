@@ -25,7 +25,7 @@ from .masters import Masters
 from .optim import StreamedAdamW, default_param_groups
 from .optim.updater import Updater
 from .options import RuntimeOptions
-from .placeholders import placeholder, refuse_load_state_dict, refuse_state_dict
+from .placeholders import placeholder, refuse_load_state_dict, refuse_state_dict, replace_parameters
 from .plan import MemoryPlan, plan_memory, shared_owners
 from .records import RecordSet, record_sets, store_records
 from .residents import ResidentRecords
@@ -93,7 +93,7 @@ def attach(
     record_format = RecordFormat(chosen.dtype, chosen.chunk_numel)
     records = record_sets((unit.layout for unit in units), record_format, chosen.torch_compute_dtype)
     schedule = Schedule(tuple(unit.name for unit in units), {unit.name: unit.records for unit in units})
-    trains = {unit.name: _trained_owners(unit) for unit in units}
+    trains = {unit.name: unit.trained_records for unit in units}
     groups = [dict(group) for group in param_groups or _default_groups(model, chosen)]
     _check_groups(groups, records)
     with contextlib.ExitStack() as undo:
@@ -119,10 +119,6 @@ def _resolve(options: RuntimeOptions | None, settings: Mapping[str, Any]) -> Run
     if settings:
         raise ConfigError(f"give options or keyword arguments, not both: {', '.join(settings)}")
     return options
-
-
-def _trained_owners(unit: Unit) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(binding.owner for binding in unit.bindings if binding.trainable))
 
 
 def _default_groups(model: torch.nn.Module, options: RuntimeOptions) -> list[dict[str, Any]]:
@@ -367,11 +363,7 @@ def _fill(parts: Parts, source: WeightSource, on_progress: OnProgress | None) ->
 
 
 def _take_over(model: torch.nn.Module, runtime: Runtime, parts: Parts, groups: list[dict[str, Any]]) -> None:
-    placed: dict[int, torch.nn.Parameter] = {}
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        placed.setdefault(id(parameter), placeholder(parameter))
-        prefix, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(prefix), leaf, placed[id(parameter)])
+    replace_parameters(model, lambda _, parameter: placeholder(parameter))
     by_name = dict(model.named_parameters())
     named_groups = [
         {**group, "params": [(name, by_name[name]) for name, _ in group["params"]]} for group in groups

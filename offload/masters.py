@@ -19,9 +19,9 @@ from .records import RecordSet
 from .residents import ResidentRecords
 from .sources import WeightSource
 from .specs import TensorSpec
-from .store import Store
+from .store import Store, Ticket
 
-__all__ = ["Masters"]
+__all__ = ["Masters", "begin_reading_weights"]
 
 
 class Masters:
@@ -73,14 +73,11 @@ class Masters:
         assert self._store is not None and self._residents is not None
         for unit in records.values():
             weights = self._host.view(self._residents.weights(unit.owner), 0, unit.host_nbytes)
-            tickets = []
+            tickets = begin_reading_weights(self._store, unit, weights)
             if unit.layout.trainable:
-                tickets.append(self._store.read(unit.name("weights"), weights[: unit.weights_nbytes]))
                 tickets.append(
                     self._store.read(unit.name("optimizer"), self._residents.optimizer(unit.owner))
                 )
-            if unit.layout.frozen:
-                tickets.append(self._store.read(unit.name("frozen"), weights[unit.weights_nbytes :]))
             for ticket in tickets:
                 ticket.wait()
 
@@ -125,12 +122,7 @@ class Masters:
         if self._residents is not None:
             return
         assert self._store is not None
-        tickets = []
-        if unit.layout.trainable:
-            tickets.append(self._store.read(unit.name("weights"), weights[: unit.weights_nbytes]))
-        if unit.layout.frozen:
-            tickets.append(self._store.read(unit.name("frozen"), weights[unit.weights_nbytes :]))
-        for ticket in tickets:
+        for ticket in begin_reading_weights(self._store, unit, weights):
             ticket.wait()
 
     @contextmanager
@@ -160,6 +152,20 @@ class Masters:
             yield memory
             if write:
                 self._store.write(unit.name("optimizer"), memory, **place).wait()
+
+
+def begin_reading_weights(store: Store, unit: RecordSet, memory: memoryview) -> list[Ticket]:
+    """Begin to read a unit's weights record and, behind it, its frozen record.
+
+    Args:
+        memory: `unit.host_nbytes` bytes, the caller's again when every ticket was waited for.
+    """
+    tickets = []
+    if unit.weights_nbytes:
+        tickets.append(store.read(unit.name("weights"), memory[: unit.weights_nbytes]))
+    if unit.frozen_nbytes:
+        tickets.append(store.read(unit.name("frozen"), memory[unit.weights_nbytes :]))
+    return tickets
 
 
 class _OneAtATime:

@@ -15,7 +15,13 @@ import torch
 
 from .errors import StateError
 
-__all__ = ["StreamedGradient", "placeholder", "refuse_load_state_dict", "refuse_state_dict"]
+__all__ = [
+    "StreamedGradient",
+    "placeholder",
+    "refuse_load_state_dict",
+    "refuse_state_dict",
+    "replace_parameters",
+]
 
 # What optimizers, schedulers and printing may ask of a gradient without touching its values.
 _HARMLESS = frozenset(
@@ -63,6 +69,22 @@ def refuse_load_state_dict(*_: Any, **__: Any) -> None:
         "load_state_dict() of an attached model: its values live in the offload runtime; load them before"
         " attaching, or bring the model back with runtime.detach() first"
     )
+
+
+def replace_parameters(
+    model: torch.nn.Module, replacement: Callable[[str, torch.nn.Parameter], torch.nn.Parameter]
+) -> None:
+    """Put `replacement(name, parameter)` in the place of every parameter; shared ones stay shared.
+
+    Args:
+        replacement: called once per parameter, with the first of its names.
+    """
+    made: dict[int, torch.nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in made:
+            made[id(parameter)] = replacement(name, parameter)
+        prefix, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(prefix), leaf, made[id(parameter)])
 
 
 def refuse_state_dict(*_: Any, **__: Any) -> None:

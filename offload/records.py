@@ -56,7 +56,7 @@ class RecordSet:
     @property
     def frozen_nbytes(self) -> int:
         """Bytes of the frozen record, 0 when nothing is frozen."""
-        return align_up(self.layout.frozen_numel * self.compute_dtype.itemsize, 4096)
+        return self.format.frozen_nbytes(self.layout.frozen_numel, self.compute_dtype)
 
     @property
     def optimizer_nbytes(self) -> int:

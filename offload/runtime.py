@@ -33,12 +33,12 @@ from .buffers import Budget
 from .calls import DroppedCall
 from .checkpoint import ExportOptions, export
 from .errors import StateError
-from .gradients import GradientBuffer, Gradients
+from .gradients import FinishedGradient, GradientBuffer, Gradients
 from .masters import Masters
 from .optim import ParameterSettings, StreamedAdamW
 from .optim.updater import Update, Updater
 from .options import RuntimeOptions
-from .placeholders import StreamedGradient
+from .placeholders import StreamedGradient, replace_parameters
 from .plan import MemoryPlan
 from .records import RecordSet
 from .residents import ResidentRecords
@@ -285,13 +285,12 @@ class Runtime:
         }
         self.close()
         model = self._parts.model
-        shared: dict[int, torch.nn.Parameter] = {}
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-            if id(parameter) not in shared:
-                value = values[name].to(parameter.dtype)
-                shared[id(parameter)] = torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
-            prefix, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(prefix), leaf, shared[id(parameter)])
+        replace_parameters(
+            model,
+            lambda name, parameter: torch.nn.Parameter(
+                values[name].to(parameter.dtype), requires_grad=parameter.requires_grad
+            ),
+        )
         return model
 
     def close(self) -> None:
@@ -377,7 +376,7 @@ class Runtime:
 
     # -- parts of a step ---------------------------------------------------------------------
 
-    def _start_update(self, owner: str, gradient: Any) -> None:
+    def _start_update(self, owner: str, gradient: FinishedGradient) -> None:
         if self._settings is None:
             # The learning rate of a step is fixed when its first unit is updated.
             self._settings = self._present_settings()

@@ -94,9 +94,7 @@ class StreamedUnit:
         self.module = module
         self._host = host
         self._binder = ParameterBinder(unit, module, records)
-        self._trained_owners = tuple(
-            dict.fromkeys(binding.owner for binding in unit.bindings if binding.trainable)
-        )
+        self._trained_owners = unit.trained_records
         self._original: Callable[..., Any] = module.forward
         self._had_override = "forward" in vars(module)
         self._warned_cache = False

@@ -30,6 +30,7 @@ import torch
 from .buffers import Arena, Lease, Pool
 from .device import Device, DeviceArena, Event
 from .errors import OffloadError, StateError
+from .masters import begin_reading_weights
 from .records import RecordSet
 from .residents import ResidentRecords
 from .schedule import Pass, Schedule, Visit
@@ -356,12 +357,8 @@ class Transfer:
         copy.issued_s = time.perf_counter()
         if self._residents is None and offered is None:
             assert self._store is not None
-            if record.weights_nbytes:
-                view = self._host.view(copy.host, 0, record.weights_nbytes)
-                copy.tickets.append(self._store.read(record.name("weights"), view))
-            if record.frozen_nbytes:
-                view = self._host.view(copy.host, record.weights_nbytes, record.frozen_nbytes)
-                copy.tickets.append(self._store.read(record.name("frozen"), view))
+            memory = self._host.view(copy.host, 0, record.host_nbytes)
+            copy.tickets += begin_reading_weights(self._store, record, memory)
         return copy
 
     def _take_offered(self, owner: str) -> Lease | None:

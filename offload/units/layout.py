@@ -69,6 +69,11 @@ class Unit:
         owners = dict.fromkeys(binding.owner for binding in self.bindings)
         return tuple(sorted(owners, key=lambda owner: owner != self.name))
 
+    @property
+    def trained_records(self) -> tuple[str, ...]:
+        """Names of the owners whose gradients its backward adds to, in order of its bindings."""
+        return tuple(dict.fromkeys(binding.owner for binding in self.bindings if binding.trainable))
+
 
 def find_units(model: nn.Module) -> tuple[Unit, ...]:
     """Cut `model` into units, in expected order of execution.
