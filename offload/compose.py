@@ -62,7 +62,7 @@ def attach(
     """Attach `model` to the tiers: its weights and optimizer state leave it, its calls are streamed.
 
     Afterwards an ordinary loop trains it: `loss = model(...)`, `loss.backward()`, `runtime.step()`.
-    Parameters become placeholders on the meta device; buffers stay.
+    Parameters become placeholders on the meta device; buffers go to the device and stay there.
 
     Args:
         model: parameters in memory, or on the meta device together with a `source`.
@@ -106,6 +106,7 @@ def attach(
         else:
             _fill(parts, source or ModuleSource(dict(model.named_parameters())), on_progress)
             progress.committed(0, 0 if parts.store is None else parts.store.generation)
+        _move_buffers(model, device.torch_device)
         runtime = Runtime(parts, progress, state)
         undo.callback(runtime.close)
         _take_over(model, runtime, parts, groups)
@@ -360,6 +361,12 @@ def _fill(parts: Parts, source: WeightSource, on_progress: OnProgress | None) ->
         if parts.residents is not None:
             parts.residents.flush(parts.store)
         parts.store.commit({"step": 0, "rng": capture_rng(), "user": {}})
+
+
+def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def _take_over(model: torch.nn.Module, runtime: Runtime, parts: Parts, groups: list[dict[str, Any]]) -> None:

@@ -137,9 +137,6 @@ def _prepare(config: FinetuneConfig, output: OutputDirectory, stack: ExitStack) 
     compute = config.compute_dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model, source = open_pretrained(config.model_name_or_path, dtype=getattr(torch, compute))
     stack.callback(source.close)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
     tokenizer = load_tokenizer(config.model_name_or_path)
     files = find_files(config.train_file)
     rows = pack_rows((text for file in files for text in read_texts(file)), tokenizer, config.max_length)
