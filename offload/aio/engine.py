@@ -9,9 +9,16 @@ Invariants, held by the conformance suite in `tests/aio`:
   meets the end of the file is an error (`StorageError`, errno 0), never a short success.
 - The request owns its buffer (holds the buffer-protocol export) until its transfer has ended, also
   when the caller drops the request; dropping a request detaches it, it does not cancel it.
+- How a file is accessed is decided when it is opened, once for each drive, by a trial transfer: direct
+  (O_DIRECT) where the file system takes it, else through the page cache, whose pages are then dropped
+  again (`posix_fadvise`) after reads and at `sync`. `File.direct` tells, and the log once a drive.
 - Any file offset, size and buffer address is accepted; aligned ones (4 KiB) take the direct path.
-- What is in flight is bounded: at most the engine's queue depth of segments. `submit` never waits
-  for I/O; what exceeds the depth is queued, bounded by the buffers that callers have.
+- What is in flight is bounded: on each drive (file system) at most the engine's queue depth of
+  segments. `submit` never waits for I/O; what exceeds the depth is queued, bounded by the buffers
+  that callers have. Drives do not wait for each other.
+- Segments begin in the order of submission, except that a request somebody waits for overtakes those
+  nobody waits for yet: a fetch that is needed now passes prefetches and write-backs. What has begun
+  is not overtaken, so the queue depth bounds how long that takes.
 - Requests of one engine may complete in any order. Two requests in flight that overlap in one file,
   one of them a write, have an undefined result: wait for the first.
 
@@ -84,6 +91,14 @@ class Request(Protocol):
 
     def done(self) -> bool:
         """Return whether the transfer has ended, in success or failure, without blocking."""
+
+    def cancel(self) -> bool:
+        """Give up what has not begun; return whether there was any.
+
+        The request then ends when its segments in flight have, and every wait raises `StorageError`
+        with errno ECANCELED and the bytes transferred before the first gap. Of a cancelled write any
+        part may have reached the file.
+        """
 
     @property
     def finished_s(self) -> float | None:

@@ -22,6 +22,7 @@ LAYERS = (
     "errors",
     "sizes",
     "specs",
+    "machine",
     "trace",
     "aio",
     "buffers",
@@ -72,7 +73,7 @@ ROOT_MODULE = "offload"
 EXTENSIONS = {"_aio": {"aio", "store"}, "_adam": {"optim"}}
 
 # These work in a process without torch (I/O benchmarks, checking a store).
-WITHOUT_TORCH = {"errors", "sizes", "specs", "trace", "buffers", "aio", "store"}
+WITHOUT_TORCH = {"errors", "sizes", "specs", "machine", "trace", "buffers", "aio", "store"}
 
 # A sub-command imports what it needs when it runs, so that `offload --help` is quick; the root
 # resolves its public names on first use for the same reason.

@@ -1,0 +1,203 @@
+"""What was measured of this machine: drives, host memory, links; and the file that keeps it.
+
+`offload bench` writes a `Machine` to `machine.json`; plans are reckoned with it, and attaching a model
+takes its I/O setting. Pure data and its JSON; nothing here measures, and nothing imports torch.
+
+Figures are bytes per second of what moved, once: a copy of 1 GB that reads and writes memory counts 1 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import ConfigError, StorageError
+
+__all__ = [
+    "FORMAT",
+    "MACHINE_VARIABLE",
+    "DeviceSpeed",
+    "DriveSpeed",
+    "IoSetting",
+    "Machine",
+    "SharedSpeed",
+    "default_machine_path",
+    "load_machine",
+    "save_machine",
+]
+
+FORMAT: Literal["offload-machine-1"] = "offload-machine-1"
+
+# The environment variable that names the file instead of the default place.
+MACHINE_VARIABLE = "OFFLOAD_MACHINE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IoSetting:
+    """How an I/O engine is to be opened.
+
+    Attributes:
+        segment_nbytes: the most bytes of one operation, a multiple of 4096.
+        queue_depth: operations in flight on each drive.
+    """
+
+    segment_nbytes: int
+    queue_depth: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriveSpeed:
+    """One drive alone, at its best setting.
+
+    Attributes:
+        path: the directory measured, absolute.
+        device: `major:minor` of the file system (st_dev): the drive it is recognised by.
+        file_system: `ext4`, `xfs`, `tmpfs`, ...
+        engine: the I/O engine it was measured with.
+        direct: whether transfers bypassed the page cache (O_DIRECT).
+        setting: the best one; used when a later engine works on this drive.
+        read_bytes_per_s: median.
+        write_bytes_per_s: median, completion included, flush (fdatasync) included.
+        mixed_bytes_per_s: reads and writes at once, half each, their sum; None when not measured.
+        cpu_s_per_gb: CPU seconds of this process for each 10^9 bytes read.
+    """
+
+    path: str
+    device: str
+    file_system: str
+    engine: str
+    direct: bool
+    setting: IoSetting
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    mixed_bytes_per_s: float | None = None
+    cpu_s_per_gb: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedSpeed:
+    """All drives at once, in sum, with one setting for all.
+
+    Attributes:
+        setting: used when a later engine works on several drives.
+        read_bytes_per_s: sum over the drives.
+        write_bytes_per_s: sum over the drives.
+    """
+
+    setting: IoSetting
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSpeed:
+    """A GPU and its link.
+
+    Attributes:
+        name: as the driver has it.
+        memory_nbytes: all of its memory.
+        pinned_to_device_bytes_per_s: from page-locked host memory.
+        device_to_pinned_bytes_per_s: into page-locked host memory.
+        both_ways_bytes_per_s: sum of both, at once, page-locked.
+        pageable_to_device_bytes_per_s: from ordinary memory.
+        device_to_pageable_bytes_per_s: into ordinary memory.
+    """
+
+    name: str
+    memory_nbytes: int
+    pinned_to_device_bytes_per_s: float
+    device_to_pinned_bytes_per_s: float
+    both_ways_bytes_per_s: float
+    pageable_to_device_bytes_per_s: float
+    device_to_pageable_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A measured machine.
+
+    Attributes:
+        format: version of this description.
+        measured_at: UTC, ISO 8601.
+        cpu: model name.
+        num_cores: CPUs this process may use.
+        memory_nbytes: host memory, or the limit of the control group when that is less.
+        drives: each alone, in the order given.
+        together: all drives at once; None with a single drive.
+        memory_bytes_per_s: copy of host memory on all cores, bytes copied.
+        crc32c_bytes_per_s: checksum on one core.
+        device: the GPU; None without one.
+    """
+
+    format: Literal["offload-machine-1"] = FORMAT
+    measured_at: str
+    cpu: str
+    num_cores: int
+    memory_nbytes: int
+    drives: tuple[DriveSpeed, ...] = ()
+    together: SharedSpeed | None = None
+    memory_bytes_per_s: float | None = None
+    crc32c_bytes_per_s: float | None = None
+    device: DeviceSpeed | None = None
+
+    def setting_for(self, devices: tuple[str, ...]) -> IoSetting | None:
+        """Return the best setting for drives with these `major:minor`; None when one was not measured.
+
+        For several drives it is the one they were measured with together, when those are the same
+        drives; else the one with the largest product of both numbers among theirs.
+        """
+        known = {drive.device: drive.setting for drive in self.drives}
+        wanted = set(devices)
+        if not wanted or not wanted <= known.keys():
+            return None
+        if len(wanted) > 1 and self.together is not None and wanted == known.keys():
+            return self.together.setting
+        return max((known[device] for device in wanted), key=lambda one: one.segment_nbytes * one.queue_depth)
+
+
+def default_machine_path() -> Path:
+    """Return where `machine.json` is kept: `$OFFLOAD_MACHINE`, else the user's configuration folder."""
+    if named := os.environ.get(MACHINE_VARIABLE):
+        return Path(named)
+    folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(folder).expanduser() / "offload" / "machine.json"
+
+
+def load_machine(path: Path) -> Machine:
+    """Read a `machine.json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ConfigError: it is no machine file; names the key that is wrong.
+    """
+    try:
+        return TypeAdapter(Machine).validate_json(path.read_bytes(), strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ConfigError(
+            f"{path}: {where}: {first['msg']}; measure again with 'offload bench DIR --machine {path}'"
+        ) from error
+
+
+def save_machine(machine: Machine, path: Path) -> None:
+    """Write `machine` to `path` atomically, making its folder.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    text = json.dumps(asdict(machine), indent=2) + "\n"
+    staged = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}", errno=error.errno or 0, path=str(path)
+        ) from error
