@@ -166,9 +166,7 @@ def _group_section(result: BenchResult, group: tuple[int, ...]) -> Section:
 
 def _drive_facts(drive: DriveFacts) -> tuple[tuple[str, str], ...]:
     reason = f" ({drive.engine_reason})" if drive.engine_reason else ""
-    cache = (
-        "cold: O_DIRECT bypasses the page cache" if drive.direct else "page cache dropped before each read"
-    )
+    cold, dropped = "cold: O_DIRECT bypasses the page cache", "page cache dropped before each read"
     verified = "every byte compared" if drive.verified_nbytes >= drive.file_nbytes else "compared"
     return (
         ("drive", f"{drive.source}, {drive.file_system}, device {drive.device}"),

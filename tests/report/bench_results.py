@@ -61,12 +61,7 @@ def cell(
     rate = len(drives) * BOUNDS[pattern] * in_flight / (in_flight + MIB)
     flush_s = 0.0 if pattern == "read" else 0.001
     samples = tuple(
-        Sample(
-            nbytes=GIB,
-            elapsed_s=GIB / (rate * share),
-            flush_s=0.001 if pattern != "read" else 0.0,
-            cpu_s=0.05,
-        )
+        Sample(nbytes=GIB, elapsed_s=GIB / (rate * share), flush_s=flush_s, cpu_s=0.05)
         for share in (0.97, 1.0, 1.02)
     )
     p50_s = 80e-6 + in_flight / BOUNDS[pattern]
