@@ -90,6 +90,16 @@ class PyRequest {
     return request_->done();
   }
 
+  bool cancel() {
+    bool cancelled = false;
+    {
+      const py::gil_scoped_release no_gil;
+      cancelled = request_->cancel();
+    }
+    releases_->release_all();
+    return cancelled;
+  }
+
   // Seconds on the clock of time.perf_counter(), which is the steady clock on Linux.
   std::optional<double> finished_s() const {
     if (!request_->done()) return std::nullopt;
@@ -123,16 +133,19 @@ class PyEngine {
                             std::to_string(segment_nbytes));
     }
     const py::gil_scoped_release no_gil;
+    Engine::MakeLane make_lane;
     if (name == "uring") {
-      engine_ = owned(make_uring_engine(queue_depth, segment_nbytes));
+      queue_depth_ = queue_depth;
+      make_lane = [=] { return make_uring_lane(queue_depth, segment_nbytes); };
     } else if (name == "threads") {
-      engine_ = owned(make_threads_engine(threads, segment_nbytes));
+      queue_depth_ = threads;
+      make_lane = [=] { return make_threads_lane(threads, segment_nbytes); };
     } else {
       throw std::invalid_argument("no engine is called '" + name +
                                   "'; there are uring and threads");
     }
     name_ = name;
-    queue_depth_ = engine_->queue_depth();
+    engine_ = owned(std::make_unique<Engine>(std::move(make_lane)));
   }
 
   PyEngine(const PyEngine&) = delete;
@@ -160,8 +173,16 @@ class PyEngine {
       throw py::value_error("mode must be 'r', 'r+' or 'x+', not '" + mode + "'");
     }
     std::string encoded = encode_path(path);
-    const py::gil_scoped_release no_gil;
-    return PyFile(File::open(std::move(encoded), parsed, dir_fd.value_or(AT_FDCWD), direct_));
+    std::shared_ptr<File> file;
+    {
+      const py::gil_scoped_release no_gil;
+      file = engine->open(std::move(encoded), parsed, dir_fd.value_or(AT_FDCWD), direct_);
+    }
+    if (file->spares_cache()) {
+      py::module_::import("offload.aio.failures")
+          .attr("warn_buffered")(decode_path(file->path()), file->device());
+    }
+    return PyFile(std::move(file));
   }
 
   PyRequest submit(const std::string& op_name, const PyFile& file, const py::object& buffer,
@@ -285,6 +306,7 @@ PYBIND11_MODULE(_aio, m) {
   py::class_<PyRequest>(m, "Request", "A transfer in flight; see offload.aio.Request.")
       .def("wait", &PyRequest::wait, py::arg("timeout_s") = py::none())
       .def("done", &PyRequest::done)
+      .def("cancel", &PyRequest::cancel)
       .def_property_readonly("finished_s", &PyRequest::finished_s);
 
   py::class_<PyEngine>(m, "Engine", "The uring or threads engine; see offload.aio.Engine.")

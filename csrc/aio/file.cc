@@ -4,7 +4,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <utility>
 
@@ -42,25 +41,6 @@ struct stat stat_checked(int fd, const std::string& path) {
   return info;
 }
 
-// Alignments the file asks for; the kernel tells from 6.1 on (statx), else 4 KiB has to do.
-DirectLimits ask_limits(int fd) noexcept {
-  DirectLimits limits;
-  limits.usable = true;
-  limits.offset_align = std::max<uint64_t>(limits.offset_align, ::sysconf(_SC_PAGESIZE));
-#ifdef STATX_DIOALIGN
-  struct statx info{};
-  if (::statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &info) == 0 &&
-      (info.stx_mask & STATX_DIOALIGN) != 0) {
-    limits.usable = info.stx_dio_offset_align != 0;
-    limits.offset_align = std::max<uint64_t>(limits.offset_align, info.stx_dio_offset_align);
-    limits.memory_align = std::max<uint64_t>(1, info.stx_dio_mem_align);
-  }
-#else
-  (void)fd;
-#endif
-  return limits;
-}
-
 }  // namespace
 
 File::Pin::Pin(std::shared_ptr<File> file) : file_(std::move(file)) {
@@ -85,49 +65,58 @@ void File::Pin::release() noexcept {
   file_.reset();
 }
 
-std::shared_ptr<File> File::open(std::string path, Mode mode, int dir_fd, bool try_direct) {
+std::shared_ptr<File> File::open(std::string path, Mode mode, int dir_fd, DirectTrials* trials) {
   const int access = mode == Mode::kRead ? O_RDONLY : O_RDWR;
   const int create = mode == Mode::kCreate ? O_CREAT | O_EXCL : 0;
+  Opened opened;
+  opened.writable = mode != Mode::kRead;
   // O_NONBLOCK so that a FIFO does not block here until someone writes to it.
-  UniqueFd buffered = open_checked(path, dir_fd, access | create | kFlags | O_NONBLOCK);
-  const struct stat info = stat_checked(buffered.get(), path);
+  opened.buffered = open_checked(path, dir_fd, access | create | kFlags | O_NONBLOCK);
+  const struct stat info = stat_checked(opened.buffered.get(), path);
   if (!S_ISREG(info.st_mode)) {
     throw IoError({"open", path, S_ISDIR(info.st_mode) ? EISDIR : EINVAL, "not a regular file"});
   }
+  opened.device = info.st_dev;
   // Cleared again: io_uring answers EAGAIN instead of waiting when it is set.
-  if (::fcntl(buffered.get(), F_SETFL, 0) != 0) throw IoError({"open", path, errno});
+  if (::fcntl(opened.buffered.get(), F_SETFL, 0) != 0) throw IoError({"open", path, errno});
 
-  UniqueFd direct;
-  DirectLimits limits;
-  if (try_direct) {
-    direct = UniqueFd(::openat(dir_fd, path.c_str(), access | kFlags | O_NONBLOCK | O_DIRECT));
+  if (trials != nullptr) {
+    UniqueFd direct(::openat(dir_fd, path.c_str(), access | kFlags | O_NONBLOCK | O_DIRECT));
     if (direct) {
       const struct stat again = stat_checked(direct.get(), path);
       if (again.st_dev != info.st_dev || again.st_ino != info.st_ino) {
         throw IoError({"open", path, ESTALE, "the file was replaced while it was being opened"});
       }
       if (::fcntl(direct.get(), F_SETFL, O_DIRECT) != 0) throw IoError({"open", path, errno});
-      limits = ask_limits(direct.get());
+      opened.limits = trials->limits(direct.get(), info.st_dev, mode == Mode::kCreate);
     } else if (errno != EINVAL) {  // EINVAL: this file system has no O_DIRECT
       throw IoError({"open", path, errno});
     }
-    if (!limits.usable) direct.reset();
+    if (opened.limits.usable) opened.direct = std::move(direct);
+    opened.spares_cache = !opened.limits.usable;
   }
-  if (direct) {
+  if (opened.direct) {
     // Advice only, so its result does not matter. See [Note: two descriptors].
-    (void)::posix_fadvise(buffered.get(), 0, 0, POSIX_FADV_RANDOM);
+    (void)::posix_fadvise(opened.buffered.get(), 0, 0, POSIX_FADV_RANDOM);
   }
-  return std::shared_ptr<File>(new File(std::move(path), std::move(buffered), std::move(direct),
-                                        limits, mode != Mode::kRead));
+  return std::shared_ptr<File>(new File(std::move(path), std::move(opened)));
 }
 
-File::File(std::string path, UniqueFd buffered, UniqueFd direct, DirectLimits limits, bool writable)
+File::File(std::string path, Opened opened)
     : path_(std::move(path)),
-      writable_(writable),
-      limits_(limits),
+      writable_(opened.writable),
+      spares_cache_(opened.spares_cache),
+      device_(opened.device),
+      limits_(opened.limits),
       owner_(::getpid()),
-      buffered_(std::move(buffered)),
-      direct_(std::move(direct)) {}
+      buffered_(std::move(opened.buffered)),
+      direct_(std::move(opened.direct)) {}
+
+void File::drop_cache(uint64_t offset, uint64_t nbytes) const noexcept {
+  if (!spares_cache_) return;
+  (void)::posix_fadvise(buffered_.get(), static_cast<off_t>(offset), static_cast<off_t>(nbytes),
+                        POSIX_FADV_DONTNEED);
+}
 
 bool File::close(std::chrono::nanoseconds timeout) {
   if (::getpid() != owner_) return true;
@@ -162,6 +151,7 @@ void sync(const std::shared_ptr<File>& file) {
   // Not retried, not even after EINTR: after a failed flush the kernel may have dropped the dirty
   // pages and forgotten the error, so a second, successful call would prove nothing.
   if (::fdatasync(file->buffered_fd()) != 0) throw IoError({"sync", file->path(), errno});
+  file->drop_cache(0, 0);
 }
 
 }  // namespace offload::aio

@@ -10,18 +10,12 @@
 #include <mutex>
 #include <string>
 
+#include "aio/direct.h"
 #include "aio/fd.h"
 
 namespace offload::aio {
 
 enum class Mode { kRead, kReadWrite, kCreate };
-
-// What a direct (O_DIRECT) transfer on a file must respect.
-struct DirectLimits {
-  bool usable = false;           // whether the file takes O_DIRECT at all
-  uint64_t offset_align = 4096;  // of file offset and length
-  uint64_t memory_align = 4096;  // of the buffer's address
-};
 
 // Thread-safe. Shared by the Python handle and the requests in flight; the descriptors close when
 // close() has seen the last Pin go, or with the object.
@@ -47,27 +41,49 @@ class File {
   };
 
   // Open `path`, relative to `dir_fd` when that is not AT_FDCWD. Follows no symbolic link in the
-  // last component and takes regular files only. With `try_direct`, O_DIRECT is used where the file
-  // system accepts it. Throws IoError.
-  static std::shared_ptr<File> open(std::string path, Mode mode, int dir_fd, bool try_direct);
+  // last component and takes regular files only. With `trials`, O_DIRECT is used where they say
+  // that the drive takes it; with null it never is. Throws IoError.
+  static std::shared_ptr<File> open(std::string path, Mode mode, int dir_fd, DirectTrials* trials);
 
   const std::string& path() const noexcept { return path_; }
   bool writable() const noexcept { return writable_; }
   const DirectLimits& limits() const noexcept { return limits_; }
 
+  // The file system it is on (st_dev): requests on one share a queue.
+  dev_t device() const noexcept { return device_; }
+
+  // Whether direct transfers were wanted and are refused, so that what goes through the page cache
+  // is dropped from it again.
+  bool spares_cache() const noexcept { return spares_cache_; }
+
   // For holders of a Pin only.
   int buffered_fd() const noexcept { return buffered_.get(); }
   int direct_fd() const noexcept { return direct_.get(); }
+
+  // Let go of clean pages of the cache from `offset` on (to the end when `nbytes` is 0) when
+  // spares_cache(). Advice: whether the kernel follows it does not matter to the data.
+  void drop_cache(uint64_t offset, uint64_t nbytes) const noexcept;
 
   // Stop further Pins, wait up to `timeout` for those alive, then close the descriptors. Returns
   // whether it came that far; call again when not. Does nothing in a forked child.
   bool close(std::chrono::nanoseconds timeout);
 
  private:
-  File(std::string path, UniqueFd buffered, UniqueFd direct, DirectLimits limits, bool writable);
+  struct Opened {
+    UniqueFd buffered;
+    UniqueFd direct;
+    DirectLimits limits;
+    dev_t device = 0;
+    bool writable = false;
+    bool spares_cache = false;
+  };
+
+  File(std::string path, Opened opened);
 
   const std::string path_;
   const bool writable_;
+  const bool spares_cache_;
+  const dev_t device_;
   const DirectLimits limits_;
   const pid_t owner_;
   UniqueFd buffered_;

@@ -1,5 +1,6 @@
 #include "aio/queue.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <utility>
 
@@ -15,21 +16,48 @@ constexpr int kMaxRetries = 64;
 }  // namespace
 
 void SegmentQueue::push(std::shared_ptr<Request> request) {
-  const bool empty = request->nbytes_ == 0;
+  const uint64_t nbytes = request->nbytes_;
+  request->queue_ = weak_from_this();
   Request& pushed = *request;
   {
     const std::lock_guard lock(mutex_);
     if (refusing_) throw StateError("the I/O engine is closed; open another");
-    if (!empty) {
+    if (nbytes != 0) {
       waiting_.push_back(std::move(request));
       ++num_open_;
     }
   }
-  if (empty) {
+  if (nbytes == 0) {
     pushed.finish();
+  } else if (nbytes <= segment_nbytes_) {
+    work_.notify_one();  // an unaligned one may be two segments; who took the first comes back
   } else {
     work_.notify_all();
   }
+}
+
+void SegmentQueue::expedite(const Request& request) {
+  const std::lock_guard lock(mutex_);
+  const auto found = std::find_if(waiting_.begin(), waiting_.end(),
+                                  [&](const auto& one) { return one.get() == &request; });
+  if (found == waiting_.end()) return;  // all begun, or expedited already
+  urgent_.push_back(std::move(*found));
+  waiting_.erase(found);
+}
+
+bool SegmentQueue::cancel(Request& request) {
+  bool last = false;
+  {
+    const std::lock_guard lock(mutex_);
+    if (request.cut_nbytes_ == request.nbytes_) return false;
+    request.failed_ = true;
+    request.error_ = ECANCELED;
+    request.failed_at_ = request.cut_nbytes_;
+    request.cut_nbytes_ = request.nbytes_;
+    last = request.num_live_ == 0;
+  }
+  if (last) finish(request);
+  return true;
 }
 
 std::optional<Segment> SegmentQueue::try_take() {
@@ -47,19 +75,23 @@ std::optional<Segment> SegmentQueue::take() {
 }
 
 // A request that failed counts as cut to its end, so that its rest is never begun.
-void SegmentQueue::drop_cut_requests_locked() {
-  while (!waiting_.empty() && waiting_.front()->cut_nbytes_ == waiting_.front()->nbytes_) {
-    waiting_.pop_front();
+SegmentQueue::Requests& SegmentQueue::next_requests_locked() {
+  for (Requests* requests : {&urgent_, &waiting_}) {
+    while (!requests->empty() && requests->front()->cut_nbytes_ == requests->front()->nbytes_) {
+      requests->pop_front();
+    }
+    if (!requests->empty()) return *requests;
   }
+  return waiting_;
 }
 
 std::optional<Segment> SegmentQueue::take_locked() {
-  drop_cut_requests_locked();
-  if (waiting_.empty()) return std::nullopt;
-  Request& request = *waiting_.front();
+  const Requests& requests = next_requests_locked();
+  if (requests.empty()) return std::nullopt;
+  Request& request = *requests.front();
   const File& file = request.pin_.file();
   Segment segment;
-  segment.request = waiting_.front();
+  segment.request = requests.front();
   segment.address = request.address_ + request.cut_nbytes_;
   segment.offset = request.offset_ + request.cut_nbytes_;
   const Piece piece =
@@ -106,14 +138,16 @@ bool SegmentQueue::settle(Segment& segment, int64_t result) {
     --request.num_live_;
     last = request.num_live_ == 0 && request.cut_nbytes_ == request.nbytes_;
   }
-  if (last) {
-    request.finish();
-    const std::lock_guard lock(mutex_);
-    --num_open_;
-    if (num_open_ == 0) idle_.notify_all();
-  }
+  if (last) finish(request);
   segment.request.reset();
   return false;
+}
+
+void SegmentQueue::finish(Request& request) {
+  request.finish();
+  const std::lock_guard lock(mutex_);
+  --num_open_;
+  if (num_open_ == 0) idle_.notify_all();
 }
 
 void SegmentQueue::refuse_new() noexcept {
@@ -124,14 +158,12 @@ void SegmentQueue::refuse_new() noexcept {
 
 bool SegmentQueue::exhausted() {
   const std::lock_guard lock(mutex_);
-  drop_cut_requests_locked();
-  return refusing_ && waiting_.empty();
+  return refusing_ && next_requests_locked().empty();
 }
 
 bool SegmentQueue::has_work() {
   const std::lock_guard lock(mutex_);
-  drop_cut_requests_locked();
-  return !waiting_.empty();
+  return !next_requests_locked().empty();
 }
 
 bool SegmentQueue::wait_idle(std::chrono::nanoseconds timeout) {

@@ -13,9 +13,10 @@
 
 namespace offload::aio {
 
-// Cuts requests into segments, in order and only when an engine can begin one, and judges what came
-// of each. Knows no way of doing I/O itself. Thread-safe.
-class SegmentQueue {
+// Cuts the requests of one drive into segments, only when an engine can begin one, and judges what
+// came of each. Order: requests somebody waits for, in the order of those waits, then the others in
+// the order they came. Knows no way of doing I/O itself. Thread-safe; made by std::make_shared.
+class SegmentQueue : public std::enable_shared_from_this<SegmentQueue> {
  public:
   explicit SegmentQueue(uint64_t segment_nbytes) : segment_nbytes_(segment_nbytes) {}
 
@@ -33,6 +34,13 @@ class SegmentQueue {
   // request is done.
   [[nodiscard]] bool settle(Segment& segment, int64_t result);
 
+  // Somebody waits for `request`: put it before those that nobody waits for.
+  void expedite(const Request& request);
+
+  // Begin nothing more of `request`, which fails with ECANCELED unless all of it has begun; return
+  // whether there was anything left.
+  bool cancel(Request& request);
+
   // Refuse further requests; those accepted go on.
   void refuse_new() noexcept;
 
@@ -46,15 +54,20 @@ class SegmentQueue {
   [[nodiscard]] bool wait_idle(std::chrono::nanoseconds timeout);
 
  private:
+  using Requests = std::deque<std::shared_ptr<Request>>;
+
   std::optional<Segment> take_locked();
-  void drop_cut_requests_locked();
+  // Those with something left to cut, what is cut to its end dropped from the front; may be empty.
+  Requests& next_requests_locked();
+  void finish(Request& request);
 
   const uint64_t segment_nbytes_;
   std::mutex mutex_;
   std::condition_variable work_;
   std::condition_variable idle_;
-  std::deque<std::shared_ptr<Request>> waiting_;  // those with something left to cut, oldest first
-  uint64_t num_open_ = 0;                         // requests pushed and not done
+  Requests urgent_;        // somebody waits for them
+  Requests waiting_;       // nobody does yet
+  uint64_t num_open_ = 0;  // requests pushed and not done
   bool refusing_ = false;
 };
 

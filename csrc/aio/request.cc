@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "aio/error.h"
+#include "aio/queue.h"
 
 namespace offload::aio {
 
@@ -15,18 +16,34 @@ Request::Request(Op op, File::Pin pin, std::byte* address, uint64_t offset, uint
       offset_(offset),
       nbytes_(nbytes),
       path_(pin.file().path()),
+      device_(pin.file().device()),
       owner_(::getpid()),
       address_(address),
       pin_(std::move(pin)),
       keeper_(std::move(keeper)) {}
 
-bool Request::wait_for(std::chrono::nanoseconds timeout) {
-  if (done()) return true;
+void Request::check_process() const {
   if (::getpid() != owner_) {
     throw StateError("this request was submitted by the parent of this process; wait for it there");
   }
+}
+
+bool Request::wait_for(std::chrono::nanoseconds timeout) {
+  if (done()) return true;
+  check_process();
+  if (!is_expedited_.exchange(true)) {
+    if (const std::shared_ptr<SegmentQueue> queue = queue_.lock()) queue->expedite(*this);
+  }
   std::unique_lock lock(mutex_);
   return finished_.wait_for(lock, timeout, [this] { return done(); });
+}
+
+bool Request::cancel() {
+  if (done()) return false;
+  check_process();
+  // Without a queue the engine is gone, and every request of it done.
+  const std::shared_ptr<SegmentQueue> queue = queue_.lock();
+  return queue && queue->cancel(*this);
 }
 
 uint64_t Request::result() const {
@@ -40,6 +57,7 @@ uint64_t Request::result() const {
 
 void Request::finish() noexcept {
   finished_at_ = std::chrono::steady_clock::now();
+  if (op_ == Op::kRead && nbytes_ != 0) pin_.file().drop_cache(offset_, nbytes_);
   keeper_.reset();
   pin_.release();
   const std::lock_guard lock(mutex_);

@@ -13,10 +13,12 @@
 
 namespace offload::aio {
 
+class SegmentQueue;
+
 enum class Op { kRead, kWrite };
 
-// One transfer of up to the whole buffer. Shared by the caller's handle and the engine; done() and
-// wait_for() may be called from any thread, the rest belongs to SegmentQueue.
+// One transfer of up to the whole buffer. Shared by the caller's handle and the engine; the public
+// methods may be called from any thread, the rest belongs to SegmentQueue.
 class Request {
  public:
   // `keeper` owns the memory; it is let go once no transfer can touch the memory any more, on
@@ -28,6 +30,7 @@ class Request {
   uint64_t offset() const noexcept { return offset_; }
   uint64_t nbytes() const noexcept { return nbytes_; }
   const std::string& path() const noexcept { return path_; }
+  dev_t device() const noexcept { return device_; }
 
   // Whether the transfer has ended, in success or failure.
   bool done() const noexcept { return done_.load(std::memory_order_acquire); }
@@ -35,9 +38,13 @@ class Request {
   // When the transfer ended. Only after done().
   std::chrono::steady_clock::time_point finished_at() const noexcept { return finished_at_; }
 
-  // Wait up to `timeout` for the end; return done(). Throws StateError in a forked child, where
-  // nobody is left to finish it.
+  // Wait up to `timeout` for the end; return done(). The first wait puts the request before those
+  // that nobody waits for. Throws StateError in a forked child, where nobody is left to finish it.
   bool wait_for(std::chrono::nanoseconds timeout);
+
+  // Begin no more of it; return whether there was anything left. Throws StateError in a forked
+  // child.
+  bool cancel();
 
   // Bytes transferred, all that were asked for; throws IoError when the transfer failed. Only after
   // done().
@@ -49,14 +56,19 @@ class Request {
   // Give memory and file back, then wake the waiters. Once.
   void finish() noexcept;
 
+  void check_process() const;
+
   const Op op_;
   const uint64_t offset_;
   const uint64_t nbytes_;
   const std::string path_;
+  const dev_t device_;
   const pid_t owner_;
   std::byte* const address_;
   File::Pin pin_;
   std::shared_ptr<void> keeper_;
+  std::weak_ptr<SegmentQueue> queue_;      // set before the request is shared
+  std::atomic<bool> is_expedited_{false};  // waited for once
 
   // Under the SegmentQueue's lock until finish().
   uint64_t cut_nbytes_ = 0;  // handed out as segments so far

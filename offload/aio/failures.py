@@ -1,18 +1,22 @@
 """The words of an I/O error: one place that turns what failed into a `StorageError`, for every engine.
 
 The C++ engines call these by name from `csrc/aio/bind.cc`; the portable engine calls them directly.
-Pure functions; nothing here does I/O.
+Nothing here does I/O.
 """
 
 from __future__ import annotations
 
 import errno as errno_names
+import functools
+import logging
 import os
 
 from offload.errors import DiskFullError, RequestTimeoutError, StorageError
 from offload.sizes import format_time
 
-__all__ = ["io_error", "timeout_error"]
+__all__ = ["io_error", "timeout_error", "warn_buffered"]
+
+_log = logging.getLogger("offload.aio")
 
 _DISK_FULL = frozenset({errno_names.ENOSPC, errno_names.EDQUOT})
 
@@ -27,6 +31,7 @@ _ADVICE = {
     errno_names.ELOOP: "it is a symbolic link, and those are not followed: name the file itself",
     errno_names.EEXIST: "it exists already and is not overwritten",
     errno_names.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno_names.ECANCELED: "it was cancelled before all of it had begun",
 }
 _SHORT_READ = "the file ends there; it was cut off, or is not the file that was written"
 _SHORT_WRITE = "the file system takes no more, and gives no reason"
@@ -90,3 +95,27 @@ def timeout_error(
         offset_bytes=offset_bytes,
         asked_nbytes=asked_nbytes,
     )
+
+
+def warn_buffered(path: str, device: int) -> None:
+    """Log, once a drive, that its file system takes no direct transfers and what is done instead.
+
+    Args:
+        path: a file on it.
+        device: its number (st_dev).
+    """
+    if device in _warned_devices():
+        return
+    _warned_devices().add(device)
+    _log.warning(
+        "%s: its file system (device %d:%d) refuses O_DIRECT; transfers go through the page cache, more "
+        "slowly, and their pages are dropped from it afterwards",
+        path,
+        os.major(device),
+        os.minor(device),
+    )
+
+
+@functools.cache
+def _warned_devices() -> set[int]:
+    return set()

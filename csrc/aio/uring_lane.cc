@@ -1,4 +1,4 @@
-// The engine over io_uring: one thread submits and reaps, in batches.
+// The lane over io_uring: one thread submits and reaps, in batches.
 
 #include <poll.h>
 #include <sys/eventfd.h>
@@ -38,10 +38,10 @@ bool passes(int error) noexcept { return error == EINTR || error == EAGAIN || er
 // only when `sleeping_` says that the driver has room and has found nothing to do; the driver looks
 // at the queue once more after it has set `sleeping_`, so no submission is missed. A driver whose
 // ring is full looks at the queue after the next completion anyway.
-class UringEngine final : public Engine {
+class UringLane final : public Lane {
  public:
-  UringEngine(unsigned queue_depth, uint64_t segment_nbytes)
-      : Engine("uring", queue_depth, segment_nbytes), event_(make_eventfd()) {
+  UringLane(unsigned queue_depth, uint64_t segment_nbytes)
+      : Lane(segment_nbytes), queue_depth_(queue_depth), event_(make_eventfd()) {
     std::promise<void> started;
     std::future<void> outcome = started.get_future();
     // The thread owns the promise: set_value() is still inside it when the wait below ends.
@@ -54,8 +54,8 @@ class UringEngine final : public Engine {
     }
   }
 
-  ~UringEngine() noexcept override {
-    queue_.refuse_new();
+  ~UringLane() noexcept override {
+    queue().refuse_new();
     wake();
     driver_.reset();  // joins
   }
@@ -83,7 +83,7 @@ class UringEngine final : public Engine {
   void drive(std::promise<void>& started) noexcept {
     std::optional<State> state;
     try {
-      state.emplace(queue_depth());
+      state.emplace(queue_depth_);
     } catch (...) {
       started.set_exception(std::current_exception());
       return;
@@ -96,7 +96,7 @@ class UringEngine final : public Engine {
   void run(State& state) noexcept {
     for (;;) {
       while (!state.free_slots.empty()) {
-        std::optional<Segment> segment = queue_.try_take();
+        std::optional<Segment> segment = queue().try_take();
         if (!segment) break;
         const uint64_t slot = state.free_slots.back();
         state.free_slots.pop_back();
@@ -106,8 +106,8 @@ class UringEngine final : public Engine {
       if (!state.free_slots.empty()) {
         const bool all_free = state.free_slots.size() == state.slots.size();
         sleeping_.store(true);
-        if (queue_.has_work()) continue;
-        if (all_free && queue_.exhausted()) return;
+        if (queue().has_work()) continue;
+        if (all_free && queue().exhausted()) return;
       }
       if (!state.wake_armed) arm_wake(state);
       const int error = state.ring.enter();
@@ -146,7 +146,7 @@ class UringEngine final : public Engine {
   }
 
   void settle(State& state, uint64_t slot, int64_t result) noexcept {
-    if (queue_.settle(state.slots[slot], result)) {
+    if (queue().settle(state.slots[slot], result)) {
       issue(state, slot);
     } else {
       state.free_slots.push_back(slot);
@@ -161,7 +161,7 @@ class UringEngine final : public Engine {
       if (slot == kWake) {
         state.wake_armed = false;
       } else {
-        (void)queue_.settle(state.slots[slot], -error);
+        (void)queue().settle(state.slots[slot], -error);
         state.free_slots.push_back(slot);
       }
     });
@@ -169,6 +169,7 @@ class UringEngine final : public Engine {
     ::nanosleep(&pause, nullptr);
   }
 
+  const unsigned queue_depth_;
   const UniqueFd event_;
   std::atomic<bool> sleeping_{false};
   std::optional<IoThread> driver_;
@@ -176,8 +177,8 @@ class UringEngine final : public Engine {
 
 }  // namespace
 
-std::unique_ptr<Engine> make_uring_engine(unsigned queue_depth, uint64_t segment_nbytes) {
-  return std::make_unique<UringEngine>(queue_depth, segment_nbytes);
+std::unique_ptr<Lane> make_uring_lane(unsigned queue_depth, uint64_t segment_nbytes) {
+  return std::make_unique<UringLane>(queue_depth, segment_nbytes);
 }
 
 }  // namespace offload::aio

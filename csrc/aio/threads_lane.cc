@@ -1,4 +1,4 @@
-// The engine of worker threads: blocking calls, one segment each.
+// The lane of worker threads: blocking calls, one segment each.
 
 #include <sys/uio.h>
 
@@ -21,21 +21,20 @@ int64_t transfer(const Segment& segment) noexcept {
   return result < 0 ? -errno : result;
 }
 
-class ThreadsEngine final : public Engine {
+class ThreadsLane final : public Lane {
  public:
-  ThreadsEngine(unsigned num_threads, uint64_t segment_nbytes)
-      : Engine("threads", num_threads, segment_nbytes) {
+  ThreadsLane(unsigned num_threads, uint64_t segment_nbytes) : Lane(segment_nbytes) {
     workers_.reserve(num_threads);
     try {
       for (unsigned i = 0; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
     } catch (...) {
-      queue_.refuse_new();  // else the join of those already running would never end
+      queue().refuse_new();  // else the join of those already running would never end
       throw;
     }
   }
 
-  ~ThreadsEngine() noexcept override {
-    queue_.refuse_new();
+  ~ThreadsLane() noexcept override {
+    queue().refuse_new();
     workers_.clear();  // joins; before the queue goes
   }
 
@@ -43,8 +42,8 @@ class ThreadsEngine final : public Engine {
   void wake() noexcept override {}  // the workers wait on the queue itself
 
   void work() {
-    while (std::optional<Segment> segment = queue_.take()) {
-      while (queue_.settle(*segment, transfer(*segment))) {
+    while (std::optional<Segment> segment = queue().take()) {
+      while (queue().settle(*segment, transfer(*segment))) {
       }
     }
   }
@@ -54,8 +53,8 @@ class ThreadsEngine final : public Engine {
 
 }  // namespace
 
-std::unique_ptr<Engine> make_threads_engine(unsigned num_threads, uint64_t segment_nbytes) {
-  return std::make_unique<ThreadsEngine>(num_threads, segment_nbytes);
+std::unique_ptr<Lane> make_threads_lane(unsigned num_threads, uint64_t segment_nbytes) {
+  return std::make_unique<ThreadsLane>(num_threads, segment_nbytes);
 }
 
 }  // namespace offload::aio
