@@ -2,6 +2,7 @@
 
 from offload.aio.checksum import crc32c
 from offload.aio.engine import ALIGNMENT_NBYTES, Engine, EngineName, File, Op, OpenMode, Request
+from offload.aio.memory import aligned_buffer
 from offload.aio.select import EngineProbe, open_engine, probe_engines
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Op",
     "OpenMode",
     "Request",
+    "aligned_buffer",
     "crc32c",
     "open_engine",
     "probe_engines",

@@ -17,7 +17,6 @@ Thread rule: carve and close from one thread; views may be taken by any.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
@@ -25,6 +24,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
+from ..aio.memory import map_pages
 from ..errors import CapacityError, StateError
 from ..sizes import align_up, format_bytes
 from .budget import Budget
@@ -36,9 +36,6 @@ __all__ = ["PAGE_NBYTES", "Arena", "Partition"]
 
 # 4 KiB: the page, and the alignment that O_DIRECT wants of addresses and sizes.
 PAGE_NBYTES = 4096
-
-# 2 MiB: below one huge page, asking for huge pages does nothing.
-_HUGE_PAGE_NBYTES = 2 << 20
 
 
 class Partition:
@@ -152,7 +149,8 @@ class Arena:
         self.nbytes = align_up(nbytes, PAGE_NBYTES)
         budget.charge(self.nbytes, holder)
         try:
-            self._map: mmap.mmap | None = _map_pages(self.nbytes)
+            self._map: mmap.mmap | None = map_pages(self.nbytes)
+            self._map.madvise(mmap.MADV_DONTFORK)
         except OSError as error:
             budget.refund(self.nbytes, holder)
             raise CapacityError(
@@ -261,14 +259,3 @@ class Arena:
             self.poison(lease)
         else:
             self._on_release(self, lease)
-
-
-def _map_pages(nbytes: int) -> mmap.mmap:
-    # MAP_PRIVATE: Python's default, MAP_SHARED, would make it shmem, which swaps and counts differently.
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_DONTFORK)
-    if nbytes >= _HUGE_PAGE_NBYTES:
-        # EINVAL: a kernel built without transparent huge pages. Only first touch is slower.
-        with contextlib.suppress(OSError):
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
