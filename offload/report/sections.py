@@ -115,7 +115,7 @@ def group_title(result: BenchResult, group: tuple[int, ...]) -> str:
     """Return what a group is called: the path of a drive, or how many there are."""
     if len(group) == 1:
         return result.drives[group[0]].path
-    return f"All {len(group)} drives at once"
+    return f"{len(group)} drives at once"
 
 
 def format_block(nbytes: int) -> str:

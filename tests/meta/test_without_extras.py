@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 # Not needed to attach a model, train it and export it: the extras, and what only the commands use.
-OPTIONAL = ("accelerate", "gguf", "jinja2", "transformers")
-COMMANDS_ONLY = ("psutil", "pydantic", "rich", "tqdm", "typer", "yaml")
+OPTIONAL = ("accelerate", "gguf", "transformers")
+COMMANDS_ONLY = ("jinja2", "psutil", "pydantic", "rich", "tqdm", "typer", "yaml")
 
 BLOCK = """
 import sys

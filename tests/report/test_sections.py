@@ -28,7 +28,7 @@ def test_sections_come_in_reading_order() -> None:
     assert titles == [
         "/mnt/nvme0",
         "/mnt/nvme1",
-        "All 2 drives at once",
+        "2 drives at once",
         "Sustained writing to /mnt/nvme0",
         "Host",
         "Notes",
