@@ -21,7 +21,7 @@ from offload.aio.engine import OpenMode
 from offload.aio.failures import io_error
 from offload.errors import StateError
 
-__all__ = ["PortableFile"]
+__all__ = ["PortableFile", "open_regular"]
 
 _FLAGS = {"r": os.O_RDONLY, "r+": os.O_RDWR, "x+": os.O_RDWR | os.O_CREAT | os.O_EXCL}
 
@@ -32,8 +32,6 @@ class PortableFile:
     _fd = -1  # until it is open; __del__ sees this when it never was
 
     def __init__(self, path: str, mode: OpenMode, dir_fd: int | None) -> None:
-        if mode not in _FLAGS:
-            raise ValueError(f"mode must be 'r', 'r+' or 'x+', not {mode!r}")
         self.path = os.fspath(path)
         self.direct = False
         self.writable = mode != "r"
@@ -41,17 +39,7 @@ class PortableFile:
         self._changed = threading.Condition()
         self._num_users = 0
         self._closed = False
-        # O_NONBLOCK so that a FIFO does not block here until someone writes to it.
-        flags = _FLAGS[mode] | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-        try:
-            self._fd = os.open(self.path, flags, 0o600, dir_fd=dir_fd)
-        except OSError as error:
-            raise io_error("open", self.path, error.errno or 0) from error
-        kind = os.fstat(self._fd).st_mode
-        if not stat.S_ISREG(kind):
-            reason = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
-            raise io_error("open", self.path, reason, detail="not a regular file")
-        os.set_blocking(self._fd, True)
+        self._fd = open_regular(self.path, mode, dir_fd)
 
     @property
     def size_nbytes(self) -> int:
@@ -123,3 +111,27 @@ class PortableFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def open_regular(path: str, mode: OpenMode, dir_fd: int | None = None) -> int:
+    """Return a blocking descriptor of a regular file, opened as `Engine.open` promises.
+
+    Raises:
+        ValueError: no such mode.
+        StorageError: the file cannot be opened, or is not a regular one.
+    """
+    if mode not in _FLAGS:
+        raise ValueError(f"mode must be 'r', 'r+' or 'x+', not {mode!r}")
+    # O_NONBLOCK so that a FIFO does not block here until someone writes to it.
+    flags = _FLAGS[mode] | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, 0o600, dir_fd=dir_fd)
+    except OSError as error:
+        raise io_error("open", path, error.errno or 0) from error
+    kind = os.fstat(fd).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(fd)
+        reason = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+        raise io_error("open", path, reason, detail="not a regular file")
+    os.set_blocking(fd, True)
+    return fd
