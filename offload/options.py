@@ -16,9 +16,16 @@ from .optim import AdamWOptions
 from .sizes import GIB, MIB, format_bytes, parse_bytes
 from .specs import RecordDType, Tier
 
-__all__ = ["ComputeDType", "RuntimeOptions"]
+__all__ = ["ComputeDType", "RuntimeOptions", "is_queue_depth", "is_segment_size"]
 
 ComputeDType = Literal["float32", "bfloat16"]
+
+# Options that may be given as text, `"8GiB"`.
+SIZES = ("host_memory", "device_memory", "chunk_nbytes", "activations_nbytes", "segment_nbytes")
+
+# What every I/O engine takes.
+MAX_QUEUE_DEPTH = 4096
+MAX_SEGMENT_NBYTES = GIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +53,10 @@ class RuntimeOptions:
         resume: open the newest committed generation of `run_id` instead of creating the run.
         save_steps: steps between commits. With everything on disk a commit costs milliseconds.
         io_engine: `uring`, `threads` or `portable`; None takes the first that works.
-        queue_depth: I/O segments in flight at most.
+        queue_depth: I/O segments in flight on each drive, 1 to 4096. None takes what `offload bench`
+            measured best for the drives of `disk` (`machine.json`), else 32.
+        segment_nbytes: the most bytes of one I/O operation, a multiple of 4096. None as with
+            `queue_depth`, else 1 MiB.
         chunk_nbytes: bytes of a store chunk, the unit of striping and checksums.
         chunk_numel: elements of an optimizer chunk, the unit of an update's pipeline.
         activations_nbytes: host bytes for saved unit inputs; None takes what the slots leave of the
@@ -66,7 +76,8 @@ class RuntimeOptions:
     resume: bool = False
     save_steps: int = 1
     io_engine: EngineName | None = None
-    queue_depth: int = 32
+    queue_depth: int | None = None
+    segment_nbytes: int | None = None
     chunk_nbytes: int = 4 * MIB
     chunk_numel: int = 1 << 21
     activations_nbytes: int | None = None
@@ -76,9 +87,16 @@ class RuntimeOptions:
             raise ConfigError("home is the disk, but no directory was given: set disk=[...]")
         if self.resume and (not self.disk or self.run_id is None):
             raise ConfigError("resume needs the run's id and its directories: set run_id and disk")
-        for name in ("host_memory", "device_memory", "queue_depth", "save_steps"):
+        for name in ("host_memory", "device_memory", "save_steps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.queue_depth is not None and not is_queue_depth(self.queue_depth):
+            raise ConfigError(f"queue_depth must be 1 to {MAX_QUEUE_DEPTH} or None, got {self.queue_depth}")
+        if self.segment_nbytes is not None and not is_segment_size(self.segment_nbytes):
+            raise ConfigError(
+                f"segment_nbytes must be a multiple of 4096 up to {format_bytes(MAX_SEGMENT_NBYTES)} or None,"
+                f" got {self.segment_nbytes}"
+            )
         if self.rows is not None and self.rows <= 0:
             raise ConfigError(f"rows must be positive or None, got {self.rows}")
         if self.chunk_nbytes <= 0 or self.chunk_nbytes % 4096:
@@ -106,7 +124,7 @@ class RuntimeOptions:
                 raise ConfigError(f"attach() has no option {name!r}{hint}")
         values = dict(settings)
         try:
-            for name in ("host_memory", "device_memory", "chunk_nbytes", "activations_nbytes"):
+            for name in SIZES:
                 if isinstance(values.get(name), str):
                     values[name] = parse_bytes(values[name])
             if isinstance(values.get("home"), str):
@@ -128,3 +146,13 @@ class RuntimeOptions:
     def torch_compute_dtype(self) -> torch.dtype:
         """`compute_dtype` as torch names it."""
         return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
+
+
+def is_queue_depth(depth: int) -> bool:
+    """Return whether an I/O engine can be opened with `depth` operations in flight."""
+    return 1 <= depth <= MAX_QUEUE_DEPTH
+
+
+def is_segment_size(nbytes: int) -> bool:
+    """Return whether an I/O engine can be opened with operations of at most `nbytes`."""
+    return 0 < nbytes <= MAX_SEGMENT_NBYTES and nbytes % 4096 == 0

@@ -9,6 +9,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing in the tests comes from a hub; a mistake must fail at once instead of trying the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No measurement of the developer's own machine steers a test, and no test writes one; there is no such
+# folder, in the processes that tests start as well.
+os.environ["OFFLOAD_MACHINE"] = "/nonexistent/offload/machine.json"
 
 import random
 import subprocess
