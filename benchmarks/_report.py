@@ -73,10 +73,12 @@ class Report:
             self.say("| " + " | ".join(str(value) for value in row) + " |")
         self.say()
 
-    def bar(self, what: str, value: float, limit: float, unit: str) -> None:
-        """Compare a figure with the most it may be."""
-        held = value <= limit
-        self.say(f"- {what}: {value:.3f} {unit}, bar {limit:.3f}: {'held' if held else 'MISSED'}")
+    def bar(self, what: str, value: float, limit: float, unit: str = "", *, least: bool = False) -> None:
+        """Compare a figure with the most it may be, or with the least."""
+        held = value >= limit if least else value <= limit
+        figure = f"{value:.3f} {unit}".rstrip()
+        sense = "at least " if least else ""
+        self.say(f"- {what}: {figure}, bar {sense}{limit:.3f}: {'held' if held else 'MISSED'}")
         if not held:
             self._misses.append(what)
 
