@@ -32,8 +32,16 @@ COMMON_FLAGS = [
     "-ffp-contract=off",
     f"-isystem{pybind11.get_include()}",
 ]
+LINK_FLAGS = ["-pthread"]
 if os.environ.get("OFFLOAD_WERROR") == "1":
     COMMON_FLAGS.append("-Werror")
+
+# What gcc's -fsanitize takes; scripts/sanitize.py sets it and builds into a folder of its own. -g1:
+# lines for the reports, and no more, because full debug information doubles the time of the build.
+SANITIZERS = os.environ.get("OFFLOAD_SANITIZE")
+if SANITIZERS:
+    COMMON_FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZERS}"]
+    LINK_FLAGS.append(f"-fsanitize={SANITIZERS}")
 
 # Flags per translation unit, by file name suffix: `adamw_avx2.cc` is built with AVX2 and FMA.
 UNIT_FLAGS = {
@@ -70,7 +78,7 @@ def extension(module: str, folder: str) -> Extension:
         include_dirs=[str(CSRC)],
         language="c++",
         extra_compile_args=COMMON_FLAGS,
-        extra_link_args=["-pthread"],
+        extra_link_args=LINK_FLAGS,
         depends=sorted(str(path) for path in CSRC.rglob("*.h")),
     )
 
