@@ -1,4 +1,8 @@
-"""What the engine's tests work with: buffers, sizes, and a drive that can be filled and frozen."""
+"""What the engine's tests work with: buffers, sizes, a look into files, and a drive that hangs or fills up.
+
+A `View` and a `Drive` are there twice, for real directories and for a simulated disk, so that a test
+need not know which engine it runs on.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Protocol
+
+from offload.aio.sim import Fault, SimDisk
 
 # Small, so that a request of a few hundred KiB has more segments than the queue is deep.
 SEGMENT_NBYTES = 16 * 1024
@@ -24,8 +31,68 @@ def pattern(nbytes: int, seed: int = 1) -> bytes:
     return (b"".join((i * 2654435761 + seed).to_bytes(8, "little") for i in range(nbytes // 8 + 1)))[:nbytes]
 
 
-class Drive:
-    """A small ext4 file system of its own (root only): can run full, and hang like a dying drive."""
+class View(Protocol):
+    """Looks into the files under test without the engine, as another process would."""
+
+    def read_file(self, path: Path) -> bytes: ...
+    def write_file(self, path: Path, data: bytes) -> None: ...
+    def exists(self, path: Path) -> bool: ...
+    def remove(self, path: Path) -> None: ...
+    def used_nbytes(self, path: Path) -> int: ...
+
+
+class RealView:
+    """A view of the file system."""
+
+    def read_file(self, path: Path) -> bytes:
+        return path.read_bytes()
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        path.write_bytes(data)
+
+    def exists(self, path: Path) -> bool:
+        return path.exists()
+
+    def remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def used_nbytes(self, path: Path) -> int:
+        return path.stat().st_blocks * 512
+
+
+class SimView:
+    """A view of a simulated disk."""
+
+    def __init__(self, disk: SimDisk) -> None:
+        self._disk = disk
+
+    def read_file(self, path: Path) -> bytes:
+        return self._disk.read_file(str(path))
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        self._disk.write_file(str(path), data)
+
+    def exists(self, path: Path) -> bool:
+        return self._disk.exists(str(path))
+
+    def remove(self, path: Path) -> None:
+        self._disk.remove(str(path))
+
+    def used_nbytes(self, path: Path) -> int:
+        return self._disk.used_nbytes(str(path))
+
+
+class Drive(Protocol):
+    """A small drive of its own: can run full, and hang like one that dies."""
+
+    path: Path
+
+    def frozen(self) -> AbstractContextManager[Callable[[], None]]:
+        """Make every write hang until the end of the block, or until the function given is called."""
+
+
+class MountedDrive:
+    """A small ext4 file system (root only)."""
 
     # include/uapi/linux/fs.h
     _FREEZE = 0xC0045877
@@ -36,7 +103,6 @@ class Drive:
 
     @contextmanager
     def frozen(self) -> Iterator[Callable[[], None]]:
-        """Make every write hang until the end of the block, or until the function given is called."""
         root = os.open(self.path, os.O_RDONLY)
         is_frozen = False
 
@@ -53,3 +119,19 @@ class Drive:
         finally:
             thaw()
             os.close(root)
+
+
+class SimDrive:
+    """A simulated disk as such a drive."""
+
+    def __init__(self, disk: SimDisk, path: Path) -> None:
+        self._disk = disk
+        self.path = path
+
+    @contextmanager
+    def frozen(self) -> Iterator[Callable[[], None]]:
+        self._disk.plan(Fault(0, "stuck", of="write", forever=True))
+        try:
+            yield self._disk.unstick
+        finally:
+            self._disk.unstick()

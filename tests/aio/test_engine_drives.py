@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_workbench import QUEUE_DEPTH, SEGMENT_NBYTES, Drive, aligned, pattern
+from engine_workbench import QUEUE_DEPTH, SEGMENT_NBYTES, Drive, View, aligned, pattern
 
 from offload.aio import Engine, open_engine
 from offload.aio.failures import warn_buffered
@@ -132,18 +132,19 @@ def _cached_nbytes(path: Path) -> int:
         return sum(one & 1 for one in resident) * mmap.PAGESIZE
 
 
-def test_an_existing_file_is_not_changed_by_the_trial(engine: Engine, tmp_path: Path) -> None:
+def test_an_existing_file_is_not_changed_by_the_trial(engine: Engine, tmp_path: Path, view: View) -> None:
     before = pattern(3 * SEGMENT_NBYTES + 5)
-    (tmp_path / "data").write_bytes(before)
+    view.write_file(tmp_path / "data", before)
     engine.open(str(tmp_path / "data"), "r+").close()
-    assert (tmp_path / "data").read_bytes() == before
+    assert view.read_file(tmp_path / "data") == before
 
 
-def test_a_new_file_is_empty_after_the_trial(engine: Engine, tmp_path: Path) -> None:
+def test_a_new_file_is_empty_after_the_trial(engine: Engine, tmp_path: Path, view: View) -> None:
     engine.open(str(tmp_path / "data"), "x+").close()
-    assert (tmp_path / "data").stat().st_size == 0
+    assert view.read_file(tmp_path / "data") == b""
 
 
+@pytest.mark.usefixtures("real_files")
 def test_an_engine_asked_for_buffered_transfers_keeps_the_page_cache(
     make_engine: Callable[..., Engine], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_workbench import SEGMENT_NBYTES, Drive, aligned, pattern
+from engine_workbench import SEGMENT_NBYTES, Drive, View, aligned, pattern
 
 from offload.aio import Engine
 
@@ -44,7 +44,7 @@ def test_a_buffer_is_held_while_its_request_is_in_flight(engine: Engine, drive: 
         buffer.append(1)
 
 
-def test_a_dropped_request_goes_on_and_holds_its_buffer(engine: Engine, drive: Drive) -> None:
+def test_a_dropped_request_goes_on_and_holds_its_buffer(engine: Engine, drive: Drive, view: View) -> None:
     with engine.open(str(drive.path / "data"), "x+") as file:
         with drive.frozen():
             buffer = bytearray(pattern(3 * SEGMENT_NBYTES))
@@ -53,18 +53,20 @@ def test_a_dropped_request_goes_on_and_holds_its_buffer(engine: Engine, drive: D
                 buffer.append(1)
         engine.close()
         buffer.append(1)
-    assert (drive.path / "data").read_bytes() == pattern(3 * SEGMENT_NBYTES)
+    assert view.read_file(drive.path / "data") == pattern(3 * SEGMENT_NBYTES)
 
 
-def test_a_dropped_buffer_lives_until_the_transfer_has_ended(engine: Engine, tmp_path: Path) -> None:
+def test_a_dropped_buffer_lives_until_the_transfer_has_ended(
+    engine: Engine, tmp_path: Path, view: View
+) -> None:
     nbytes = 8 * SEGMENT_NBYTES
     with engine.open(str(tmp_path / "data"), "x+") as file:
         for turn in range(20):
             engine.submit("write", file, bytearray(pattern(nbytes, seed=turn)), turn * nbytes)
-    assert (tmp_path / "data").read_bytes() == b"".join(pattern(nbytes, seed=turn) for turn in range(20))
+    assert view.read_file(tmp_path / "data") == b"".join(pattern(nbytes, seed=turn) for turn in range(20))
 
 
-def test_closing_the_engine_finishes_what_is_in_flight(engine: Engine, tmp_path: Path) -> None:
+def test_closing_the_engine_finishes_what_is_in_flight(engine: Engine, tmp_path: Path, view: View) -> None:
     nbytes = 10 * SEGMENT_NBYTES + 5
     file = engine.open(str(tmp_path / "data"), "x+")
     requests = [engine.submit("write", file, pattern(nbytes, seed), seed * nbytes) for seed in range(10)]
@@ -72,7 +74,7 @@ def test_closing_the_engine_finishes_what_is_in_flight(engine: Engine, tmp_path:
     assert all(request.done() for request in requests)
     assert [request.wait() for request in requests] == [nbytes] * 10
     file.close()
-    assert (tmp_path / "data").read_bytes() == b"".join(pattern(nbytes, seed) for seed in range(10))
+    assert view.read_file(tmp_path / "data") == b"".join(pattern(nbytes, seed) for seed in range(10))
 
 
 def test_closing_a_file_finishes_what_is_in_flight_on_it(engine: Engine, tmp_path: Path) -> None:
@@ -83,9 +85,9 @@ def test_closing_a_file_finishes_what_is_in_flight_on_it(engine: Engine, tmp_pat
     assert all(request.wait() == nbytes for request in requests)
 
 
-def test_a_dropped_file_is_closed_only_after_its_requests(engine: Engine, tmp_path: Path) -> None:
+def test_a_dropped_file_is_closed_only_after_its_requests(engine: Engine, tmp_path: Path, view: View) -> None:
     target = aligned(40 * SEGMENT_NBYTES)
-    (tmp_path / "data").write_bytes(pattern(40 * SEGMENT_NBYTES))
+    view.write_file(tmp_path / "data", pattern(40 * SEGMENT_NBYTES))
     request = engine.submit("read", engine.open(str(tmp_path / "data")), target, 0)
     assert request.wait() == len(target)
     assert target == pattern(40 * SEGMENT_NBYTES)
@@ -99,7 +101,7 @@ def test_a_request_outlives_its_engine(make_engine: Callable[..., Engine], tmp_p
 
 
 def test_an_engine_that_is_dropped_without_close_finishes_its_work(
-    make_engine: Callable[..., Engine], tmp_path: Path
+    make_engine: Callable[..., Engine], tmp_path: Path, view: View
 ) -> None:
     engine = make_engine()
     if engine.name == "portable":
@@ -108,9 +110,10 @@ def test_an_engine_that_is_dropped_without_close_finishes_its_work(
     data = pattern(20 * SEGMENT_NBYTES)
     engine.submit("write", engine.open(str(tmp_path / "data"), "x+"), data, 0)
     del engine
-    assert (tmp_path / "data").read_bytes() == data
+    assert view.read_file(tmp_path / "data") == data
 
 
+@pytest.mark.usefixtures("real_files")
 def test_waiting_leaves_the_interpreter_to_others(engine: Engine, drive: Drive) -> None:
     with engine.open(str(drive.path / "data"), "x+") as file, drive.frozen() as thaw:
         request = engine.submit("write", file, pattern(9000), 0)
@@ -143,6 +146,7 @@ engine.close()
 """
 
 
+@pytest.mark.usefixtures("real_files")
 def test_ctrl_c_ends_a_wait_on_a_hung_drive(engine: Engine, drive: Drive) -> None:
     result = run_script(engine.name, _INTERRUPTED, str(drive.path))
     assert (result.returncode, result.stderr) == (0, "")
@@ -159,6 +163,7 @@ engine.submit("write", file, bytearray(100), 20 * 1_000_003)
 """
 
 
+@pytest.mark.usefixtures("real_files")
 def test_the_interpreter_ends_cleanly_with_work_in_flight(engine: Engine, tmp_path: Path) -> None:
     result = run_script(engine.name, _AT_EXIT, str(tmp_path / "data"))
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -207,18 +212,19 @@ engine.close()
 """
 
 
+@pytest.mark.usefixtures("real_files")
 def test_a_forked_child_is_refused_and_may_open_its_own(engine: Engine, tmp_path: Path) -> None:
     result = run_script(engine.name, _FORKED, str(tmp_path / "data"))
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.split() == ["4", "8000000"]
 
 
-def test_no_descriptor_is_left_behind(make_engine: Callable[..., Engine], tmp_path: Path) -> None:
+def test_no_descriptor_is_left_behind(make_engine: Callable[..., Engine], tmp_path: Path, view: View) -> None:
     def use() -> None:
         with make_engine() as engine, engine.open(str(tmp_path / "data"), "r+") as file:
             engine.submit("write", file, pattern(100_000), 1).wait()
 
-    (tmp_path / "data").touch()
+    view.write_file(tmp_path / "data", b"")
     use()  # the first use may open what stays, the import machinery's for example
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
