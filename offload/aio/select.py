@@ -54,10 +54,11 @@ def open_engine(
 
     Args:
         name: which one; None takes `OFFLOAD_IO_ENGINE` from the environment, else the first that works.
-        queue_depth: the most segments in flight, 1 to 4096. 32 of 1 MiB saturate the drives measured.
+        queue_depth: the most segments in flight on each drive, 1 to 4096. 32 of 1 MiB saturate the
+            drives measured; `offload bench` finds the best setting of yours.
         segment_nbytes: the most bytes of one operation, a multiple of 4096.
-        threads: threads of `threads` and `portable` (None: 8, or fewer for a smaller `queue_depth`).
-            For `threads` it is the number of segments in flight.
+        threads: threads of `threads` (on each drive) and `portable` (in all); None: 8, or fewer for a
+            smaller `queue_depth`. For `threads` it is the number of segments in flight.
         direct: bypass the page cache where the file system allows it; False never does.
 
     Raises:
