@@ -20,6 +20,7 @@ __all__ = [
     "Cell",
     "DriveFacts",
     "LatencySummary",
+    "Mode",
     "Pattern",
     "Sample",
     "SustainedPoint",
@@ -31,6 +32,10 @@ __all__ = [
 # `mixed`: half of the bytes are read and half written, at the same time, in different parts of the file.
 Pattern = Literal["read", "write", "mixed"]
 
+# `bandwidth`: large requests front to back, cut into blocks by the engine. `latency`: one request for each
+# block, at random places.
+Mode = Literal["bandwidth", "latency"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -40,11 +45,13 @@ class Workload:
         pattern: read, write or mixed.
         setting: block size and operations in flight.
         drives: indices of the drives that take part; more than one at the same time.
+        mode: how the samples were taken. The settings that are compared all have `bandwidth`.
     """
 
     pattern: Pattern
     setting: IoSetting
     drives: tuple[int, ...]
+    mode: Mode = "bandwidth"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +123,14 @@ def percentile(ordered: Sequence[float], fraction: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """All samples of one workload."""
+    """All samples of one workload.
+
+    Attributes:
+        workload: what was measured.
+        samples: at least one.
+        latency: of single operations with the same block size and depth, timed in runs of their own; where
+            the workload's mode is `latency` those are the samples.
+    """
 
     workload: Workload
     samples: tuple[Sample, ...]
