@@ -20,6 +20,7 @@ from typing import Annotated
 import typer
 
 from ..errors import OffloadError
+from .bench import bench_command
 from .finetune import finetune_command
 
 __all__ = ["main"]
@@ -55,6 +56,7 @@ def _make_app() -> typer.Typer:
     # --learning-rate is --learning_rate: YAML keys, flags and other tools' spellings all work.
     either = {"token_normalize_func": lambda name: name.replace("-", "_")}
     app.command("finetune", context_settings=either)(finetune_command())
+    app.command("bench", context_settings=either)(bench_command())
     return app
 
 

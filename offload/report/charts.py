@@ -174,6 +174,7 @@ def bandwidth_chart(
     places = category_scale([str(x) if over_depth else _short_block(x) for x in xs], left, right_edge)
     x_of = {value: tick.at for value, tick in zip(xs, places, strict=True)}
     y_scale = linear_scale(top / 1e9, lower, upper)
+    step = (right_edge - left) / len(places)
     lines: list[Line] = []
     marks: list[Mark] = []
     ends: list[tuple[float, float]] = []
@@ -181,9 +182,12 @@ def bandwidth_chart(
         shade, shape = _shade(rank, len(series)), SHAPES[rank % len(SHAPES)]
         own = [cell for cell in cells if _series_of(cell, over_depth) == value]
         own.sort(key=lambda cell: _x_of(cell, over_depth))
+        # Side by side: ranges that overlap at one block size would hide each other.
+        aside = (rank - (len(series) - 1) / 2) * min(7.0, 0.5 * step / len(series))
         points = []
         for cell in own:
-            x, y = x_of[_x_of(cell, over_depth)], y_scale.at(cell.bytes_per_s / 1e9)
+            x = round(x_of[_x_of(cell, over_depth)] + aside, 1)
+            y = y_scale.at(cell.bytes_per_s / 1e9)
             rates = [sample.bytes_per_s / 1e9 for sample in cell.samples]
             lines.append(Line(((x, y_scale.at(min(rates))), (x, y_scale.at(max(rates)))), "range", shade))
             marks.append(Mark(x, y, shape, shade, _cell_title(cell), cell.workload.setting == best))

@@ -50,6 +50,7 @@ def _cell(cell: Cell) -> dict[str, Any]:
         }
     return {
         "pattern": cell.workload.pattern,
+        "mode": cell.workload.mode,
         "drives": list(cell.workload.drives),
         **_setting(cell.workload.setting),
         "bandwidth": bandwidth,

@@ -15,7 +15,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..probe.results import BenchResult, Pattern
 from ..sizes import format_bytes, format_rate
 from .charts import Chart, bandwidth_chart, latency_chart, sustained_chart
-from .sections import best_setting, cells_of, drive_groups, format_setting, group_title, sections_of
+from .sections import (
+    bandwidth_cells,
+    best_setting,
+    cells_of,
+    drive_groups,
+    format_setting,
+    group_title,
+    latency_cells,
+    sections_of,
+)
 
 __all__ = ["render_html", "render_svg"]
 
@@ -128,20 +137,17 @@ def _figures(result: BenchResult) -> Iterator[_Figure]:
 def _sweep_figure(result: BenchResult, group: tuple[int, ...]) -> _Figure:
     cells = cells_of(result, group)
     best = best_setting(result, group)
-    timed = [cell for cell in cells if cell.samples]
+    timed = bandwidth_cells(cells)
     top = max((sample.bytes_per_s for cell in timed for sample in cell.samples), default=0.0)
-    by_name = {
-        name: own
-        for pattern, name in PATTERNS
-        if (own := [cell for cell in timed if cell.workload.pattern == pattern])
-    }
+    by_name = {name: [cell for cell in timed if cell.workload.pattern == key] for key, name in PATTERNS}
+    # A single point is no curve: its figure stands above.
+    drawn = {name: own for name, own in by_name.items() if len(own) > 1}
     rows = []
-    if by_name:
-        width = PANEL_WIDTHS[len(by_name)]
-        panels = (bandwidth_chart(name, own, best, top=top, width=width) for name, own in by_name.items())
+    if drawn:
+        width = PANEL_WIDTHS[len(drawn)]
+        panels = (bandwidth_chart(name, own, best, top=top, width=width) for name, own in drawn.items())
         rows.append(tuple(panels))
-    with_latency = [cell for cell in cells if cell.latency is not None]
-    if with_latency:
+    if with_latency := latency_cells(cells):
         rows.append((latency_chart("Latency of single blocks", with_latency, best),))
     return _Figure(group_title(result, group), _caption(result, group), _headline(result, group), tuple(rows))
 
@@ -163,17 +169,14 @@ def _caption(result: BenchResult, group: tuple[int, ...]) -> tuple[str, ...]:
 
 def _headline(result: BenchResult, group: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
     best = best_setting(result, group)
-    machine = result.machine
-    speed = machine.together if len(group) > 1 else None
-    if len(group) == 1 and group[0] < len(machine.drives):
-        drive = machine.drives[group[0]]
-        read, write = drive.read_bytes_per_s, drive.write_bytes_per_s
-    elif speed is not None:
-        read, write = speed.read_bytes_per_s, speed.write_bytes_per_s
-    else:
-        return ()
-    assert best is not None
-    return (("Read", format_rate(read)), ("Write", format_rate(write)), ("Best with", format_setting(best)))
+    figures = []
+    for pattern, name in PATTERNS:
+        own = [cell for cell in bandwidth_cells(cells_of(result, group)) if cell.workload.pattern == pattern]
+        at_best = [cell for cell in own if cell.workload.setting == best] or (own if len(own) == 1 else [])
+        figures += [(name, format_rate(cell.bytes_per_s)) for cell in at_best]
+    if best is not None:
+        figures.append(("Best with", format_setting(best)))
+    return tuple(figures)
 
 
 def _host_line(result: BenchResult) -> str:

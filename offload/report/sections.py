@@ -14,13 +14,14 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..machine import IoSetting, Machine
+from ..machine import DriveSpeed, IoSetting, Machine, SharedSpeed
 from ..probe.results import BenchResult, Cell, DriveFacts, SustainedRun
 from ..sizes import GIB, KIB, MIB, format_bytes, format_rate, format_time
 
 __all__ = [
     "Section",
     "Table",
+    "bandwidth_cells",
     "best_setting",
     "cells_of",
     "drive_groups",
@@ -29,7 +30,9 @@ __all__ = [
     "format_range",
     "format_setting",
     "group_title",
+    "latency_cells",
     "sections_of",
+    "speed_of",
 ]
 
 
@@ -105,10 +108,30 @@ def cells_of(result: BenchResult, group: tuple[int, ...]) -> tuple[Cell, ...]:
 
 def best_setting(result: BenchResult, group: tuple[int, ...]) -> IoSetting | None:
     """Return the setting that was chosen for a group; None when none was."""
-    machine = result.machine
+    speed = speed_of(result, group)
+    return None if speed is None else speed.setting
+
+
+def speed_of(result: BenchResult, group: tuple[int, ...]) -> DriveSpeed | SharedSpeed | None:
+    """Return what is kept of a group; None when nothing is."""
     if len(group) > 1:
-        return machine.together.setting if machine.together is not None else None
-    return machine.drives[group[0]].setting if group[0] < len(machine.drives) else None
+        return result.machine.together
+    path = result.drives[group[0]].path
+    return next((drive for drive in result.machine.drives if drive.path == path), None)
+
+
+def bandwidth_cells(cells: Iterable[Cell]) -> list[Cell]:
+    """Return the cells that say how many bytes a second; latencies are timed one block at a time."""
+    return [cell for cell in cells if cell.workload.mode == "bandwidth" and cell.samples]
+
+
+def latency_cells(cells: Iterable[Cell]) -> list[Cell]:
+    """Return one cell with latencies for each pattern and setting, the smallest blocks first."""
+    found: dict[tuple[str, IoSetting], Cell] = {}
+    for cell in cells:
+        if cell.latency is not None:
+            found.setdefault((cell.workload.pattern, cell.workload.setting), cell)
+    return list(found.values())
 
 
 def group_title(result: BenchResult, group: tuple[int, ...]) -> str:
@@ -155,19 +178,19 @@ def format_range(cell: Cell) -> str:
 
 
 def _group_section(result: BenchResult, group: tuple[int, ...]) -> Section:
+    speed = speed_of(result, group)
     best = best_setting(result, group)
     cells = cells_of(result, group)
     tables = [_bandwidth_table(cells, best), _latency_table(cells, best)]
     facts = _drive_facts(result.drives[group[0]]) if len(group) == 1 else ()
-    if best is not None:
-        facts = (*facts, ("best setting", _best_text(result.machine, group, best)))
+    if speed is not None:
+        facts = (*facts, ("best setting", _best_text(speed)))
     return Section(group_title(result, group), facts, tuple(table for table in tables if table.rows))
 
 
 def _drive_facts(drive: DriveFacts) -> tuple[tuple[str, str], ...]:
     reason = f" ({drive.engine_reason})" if drive.engine_reason else ""
     cold, dropped = "cold: O_DIRECT bypasses the page cache", "page cache dropped before each read"
-    verified = "every byte compared" if drive.verified_nbytes >= drive.file_nbytes else "compared"
     return (
         ("drive", f"{drive.source}, {drive.file_system}, device {drive.device}"),
         ("engine", f"{drive.engine}{reason}"),
@@ -175,21 +198,17 @@ def _drive_facts(drive: DriveFacts) -> tuple[tuple[str, str], ...]:
         ("cache", cold if drive.direct else dropped),
         ("writes", "synced: the flush (fdatasync) counts in their time"),
         ("test file", f"{format_bytes(drive.file_nbytes)}, removed; {format_bytes(drive.free_nbytes)} free"),
-        ("verified", f"{format_bytes(drive.verified_nbytes)} read back, {verified}"),
+        ("verified", f"{format_bytes(drive.verified_nbytes)} read back and compared"),
     )
 
 
-def _best_text(machine: Machine, group: tuple[int, ...], best: IoSetting) -> str:
-    speed = machine.together if len(group) > 1 else machine.drives[group[0]]
-    text = format_setting(best)
-    if speed is not None:
-        read, write = format_rate(speed.read_bytes_per_s), format_rate(speed.write_bytes_per_s)
-        text += f": read {read}, write {write}"
-    return text
+def _best_text(speed: DriveSpeed | SharedSpeed) -> str:
+    read, write = format_rate(speed.read_bytes_per_s), format_rate(speed.write_bytes_per_s)
+    return f"{format_setting(speed.setting)}: read {read}, write {write}"
 
 
 def _bandwidth_table(cells: Iterable[Cell], best: IoSetting | None) -> Table:
-    timed = [cell for cell in cells if cell.samples]
+    timed = bandwidth_cells(cells)
     return Table(
         ("pattern", "block", "depth", "GB/s", "min..max", "CPU s/GB", "samples"),
         tuple(
@@ -208,7 +227,7 @@ def _bandwidth_table(cells: Iterable[Cell], best: IoSetting | None) -> Table:
 
 def _latency_table(cells: Iterable[Cell], best: IoSetting | None) -> Table:
     rows = []
-    timed = [cell for cell in cells if cell.latency is not None]
+    timed = latency_cells(cells)
     for cell in timed:
         assert cell.latency is not None
         latency = cell.latency

@@ -27,8 +27,12 @@ sys.meta_path.insert(0, Absent())
         (OPTIONAL, "import offload.cli; print('ok')"),
         (OPTIONAL + COMMANDS_ONLY, "import offload; offload.attach; print('ok')"),
         (("torch", *OPTIONAL), "import offload.store, offload.aio; print('ok')"),
+        (
+            ("torch", *OPTIONAL),
+            "import offload.cli.bench, offload.probe.run, offload.report.outputs; print('ok')",
+        ),
     ],
-    ids=["the command line", "attach", "the store"],
+    ids=["the command line", "attach", "the store", "measuring"],
 )
 def test_imports_without(blocked, then, run_python):
     assert run_python(BLOCK.format(blocked=set(blocked), then=then)) == "ok"

@@ -8,6 +8,7 @@ from offload.probe.results import (
     Cell,
     DriveFacts,
     LatencySummary,
+    Mode,
     Pattern,
     Sample,
     SustainedPoint,
@@ -54,7 +55,13 @@ def drive_speed(path: str = "/mnt/nvme0", device: str = "259:0") -> DriveSpeed:
 
 
 def cell(
-    pattern: Pattern, block_nbytes: int, depth: int, drives: tuple[int, ...] = (0,), *, latency: bool = False
+    pattern: Pattern,
+    block_nbytes: int,
+    depth: int,
+    drives: tuple[int, ...] = (0,),
+    *,
+    latency: bool = False,
+    mode: Mode = "bandwidth",
 ) -> Cell:
     """Bandwidth that saturates with the bytes in flight: bound x n / (n + 1 MiB)."""
     in_flight = block_nbytes * depth
@@ -68,9 +75,8 @@ def cell(
     summary = LatencySummary(
         num_operations=4096, p50_s=p50_s, p99_s=1.7 * p50_s, p999_s=4 * p50_s, max_s=9 * p50_s
     )
-    workload = Workload(
-        pattern=pattern, setting=IoSetting(segment_nbytes=block_nbytes, queue_depth=depth), drives=drives
-    )
+    setting = IoSetting(segment_nbytes=block_nbytes, queue_depth=depth)
+    workload = Workload(pattern=pattern, setting=setting, drives=drives, mode=mode)
     return Cell(workload=workload, samples=samples, latency=summary if latency else None)
 
 
@@ -126,6 +132,11 @@ def full_result() -> BenchResult:
         for pattern in patterns
         for block in BLOCKS
         for depth in DEPTHS
+    ]
+    cells += [
+        cell(pattern, 4 * KIB, 1, (index,), latency=True, mode="latency")
+        for index in (0, 1)
+        for pattern in ("read", "write")
     ]
     return BenchResult(
         drives=(drive(), drive("/mnt/nvme1", "259:1")),

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from bench_results import MIB, cell, full_result, machine, small_result, sustained
+from report.bench_results import MIB, cell, full_result, machine, small_result, sustained
 from rich.console import Console
 
 from offload.probe.results import BenchResult
@@ -39,7 +39,8 @@ def test_sections_come_in_reading_order() -> None:
 def test_every_cell_and_note_is_shown() -> None:
     result = full_result()
     rows = sum(len(table.rows) for section in sections_of(result) for table in section.tables)
-    assert rows == len(result.cells) + sum(cell.latency is not None for cell in result.cells)
+    bandwidth = sum(cell.workload.mode == "bandwidth" for cell in result.cells)
+    assert rows == bandwidth + sum(cell.latency is not None for cell in result.cells)
     assert all(note in text_of(result) for note in result.notes)
 
 
@@ -153,6 +154,7 @@ def test_json_has_stable_keys_and_every_raw_sample() -> None:
     first = document["cells"][0]
     assert list(first) == [
         "pattern",
+        "mode",
         "drives",
         "segment_nbytes",
         "queue_depth",
@@ -174,6 +176,25 @@ def test_a_cell_with_latencies_alone_has_no_bandwidth() -> None:
     assert document["cells"][0]["bandwidth"] is None
     assert document["cells"][0]["latency"]["num_operations"] == 4096
     assert "p99.9" in text_of(replace(small_result(), cells=(only,)))
+
+
+def test_single_operations_are_no_bandwidth() -> None:
+    single = cell("read", 4096, 1, latency=True, mode="latency")
+    best = cell("read", MIB, 8, latency=True)
+    # The same setting in both modes: its latencies are shown once.
+    again = cell("read", MIB, 8, latency=True, mode="latency")
+    section = sections_of(replace(small_result(), cells=(single, best, again)))[0]
+    bandwidth, latency = section.tables
+    assert [row[:3] for row in bandwidth.rows] == [("read", "1 MiB", "8")]
+    assert [row[:3] for row in latency.rows] == [("read", "4 KiB", "1"), ("read", "1 MiB", "8")]
+
+
+def test_a_drive_is_found_by_its_path_where_another_has_no_setting() -> None:
+    result = full_result()
+    second = replace(result.machine, drives=result.machine.drives[1:])
+    titles = {section.title: dict(section.facts) for section in sections_of(replace(result, machine=second))}
+    assert "best setting" not in titles["/mnt/nvme0"]
+    assert "best setting" in titles["/mnt/nvme1"]
 
 
 def test_the_hint_names_no_setting_where_none_was_chosen() -> None:
