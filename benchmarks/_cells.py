@@ -55,11 +55,15 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One timed run of one contender."""
+    """One timed run of one contender.
+
+    `cpu_s` is what it says of itself; `process_cpu_s` what the operating system charged to its process.
+    """
 
     nbytes: int
     elapsed_s: float
     cpu_s: float
+    process_cpu_s: float
 
     @property
     def bytes_per_s(self) -> float:

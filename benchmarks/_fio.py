@@ -21,12 +21,13 @@ Thread rule: the caller's thread only; an interrupted `run_fio` ends fio first.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import resource
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,9 @@ from _cells import Cell, Transfer
 
 from offload.errors import ConfigError, StorageError
 
-__all__ = ["FioRun", "fio_arguments", "fio_version", "parse_fio", "run_fio"]
+__all__ = ["fio_arguments", "fio_version", "parse_fio", "run_fio"]
 
 HOW_TO_GET = "install it (Debian and Ubuntu: apt-get install fio), or leave it out with --without-fio"
-
-
-@dataclass(frozen=True, slots=True)
-class FioRun:
-    """What fio reported, and what its processes cost in all."""
-
-    transfer: Transfer
-    process_cpu_s: float
 
 
 def fio_version() -> str:
@@ -81,16 +74,32 @@ def fio_arguments(
 
 
 def run_fio(
-    cell: Cell, files: Sequence[Path], file_nbytes: int, nbytes: int, extra: Sequence[str] = ()
-) -> FioRun:
+    cell: Cell,
+    files: Sequence[Path],
+    file_nbytes: int,
+    nbytes: int,
+    extra: Sequence[str] = (),
+    *,
+    huge_pages: bool = False,
+) -> Transfer:
     """Move `nbytes` to or from each file and return what that took.
+
+    Args:
+        cell: direction, block size, and blocks in flight on each file.
+        files: existing files; each gets a job of its own.
+        file_nbytes: their size.
+        nbytes: bytes to move on each.
+        extra: options of fio's, for each job.
+        huge_pages: let the C library ask for huge pages for fio's buffers, which is not its default.
 
     Raises:
         StorageError: fio failed, or moved another number of bytes.
     """
     command = fio_arguments(cell, files, file_nbytes, nbytes, extra)
     before_s = _children_cpu_s()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    environment = os.environ | ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if huge_pages else {})
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as child:
         try:
             output, complaints = child.communicate()
         except BaseException:
@@ -105,16 +114,18 @@ def run_fio(
     transfer = parse_fio(json.loads(output[output.index("{") :]), cell)
     if transfer.nbytes != nbytes * len(files):
         raise StorageError(f"fio moved {transfer.nbytes:,} bytes, not the {nbytes * len(files):,} asked for")
-    return FioRun(transfer, _children_cpu_s() - before_s)
+    return dataclasses.replace(transfer, process_cpu_s=_children_cpu_s() - before_s)
 
 
 def parse_fio(report: dict[str, Any], cell: Cell) -> Transfer:
     """Return the sum of all jobs of a JSON report: bytes, the longest job's time, CPU seconds."""
     jobs = report["jobs"]
+    cpu_s = sum((job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3 for job in jobs)
     return Transfer(
         nbytes=sum(job[cell.op]["io_bytes"] for job in jobs),
         elapsed_s=max(job[cell.op]["runtime"] for job in jobs) / 1e3,
-        cpu_s=sum((job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3 for job in jobs),
+        cpu_s=cpu_s,
+        process_cpu_s=cpu_s,
     )
 
 

@@ -1,24 +1,34 @@
-"""Runs the cells of the grid, every contender in turn, prints the table and judges the bars.
+"""The parts of the I/O benchmark that fio takes part in: the grid with its bars, and rows beside it.
 
-The order is reversed from round to round, so that neither side always comes after the other. A ratio
-is taken within a round, and the median of the rounds is what is judged.
+`Bench` says what is compared; each `measure_*` is one part: it runs its contenders, prints a table and,
+where it is told to, judges. The judging functions are pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from _cells import Cell, Spread, Transfer
+from _cells import Cell, Spread
 from _fio import run_fio
-from _ours import run_ours
+from _ours import run_blocks, run_ours
 from _report import Report
+from _turns import Contender, Measured, cost_ratio, print_turns, speed_ratio, take_turns
 
 from offload.aio import EngineName
-from offload.sizes import MIB
+from offload.sizes import GIB, MIB, format_bytes
 
-__all__ = ["Contenders", "run_grid"]
+__all__ = [
+    "Bench",
+    "judge",
+    "measure_blocks",
+    "measure_fixed",
+    "measure_grid",
+    "measure_memory",
+    "measure_two",
+]
 
 # uring beside fio: the least ratio of a cell, that of the cell where fio is fastest, and CPU time.
 LEAST_RATIO = 0.95
@@ -27,151 +37,154 @@ CPU_RATIO = 1.2
 # threads beside uring, from this block size on.
 THREADS_RATIO = 0.9
 THREADS_BLOCK_NBYTES = MIB
+# Memory that is cycled through, far more than any cache holds.
+LARGE_NBYTES = GIB
+# Where not the whole grid is worth its time: many small blocks, the default, and large ones.
+FEW_CELLS = [
+    Cell(op, nbytes, depth)
+    for op in ("read", "write")
+    for nbytes, depth in ((MIB // 8, 32), (MIB, 8), (8 * MIB, 8))
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Contenders:
-    """Who takes part, and how much each moves."""
+class Bench:
+    """What takes part and how much each moves; a part of the benchmark runs on one place."""
 
+    report: Report
+    place: str
     fio: bool
     engines: tuple[EngineName, ...]
     file_nbytes: int
     nbytes: int
     rounds: int
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (*(["fio"] if self.fio else []), *self.engines)
+    def contenders(self, *files: Path) -> dict[str, Contender]:
+        """Return fio, where it takes part, and our engines, on these files at once."""
+        found: dict[str, Contender] = {"fio": self.fio_contender(*files)} if self.fio else {}
+        return found | {name: self.our_contender(name, *files) for name in self.engines}
 
+    def fio_contender(self, *files: Path, extra: Sequence[str] = (), huge_pages: bool = False) -> Contender:
+        """Return fio with these options."""
+        return lambda cell: run_fio(cell, files, self.file_nbytes, self.nbytes, extra, huge_pages=huge_pages)
 
-def run_grid(
-    report: Report, place: str, file: Path, cells: Sequence[Cell], contenders: Contenders, *, judged: bool
-) -> None:
-    """Measure `cells` on `file`; `judged`: hold them to the bars."""
-    measured = {}
-    for name in contenders.names:  # so that the first cell is not the one that wakes everything up
-        _run_once(name, cells[0], file, contenders)
-    for cell in cells:
-        rounds = [
-            _run_round(report, place, number, cell, file, contenders) for number in range(contenders.rounds)
-        ]
-        measured[cell] = {name: [each[name] for each in rounds] for name in contenders.names}
-        print(f"{place} {cell}: {_summary(measured[cell])}", flush=True)
-    _print_table(report, place, measured)
-    if judged:
-        _judge(report, measured)
-
-
-def _run_round(
-    report: Report, place: str, number: int, cell: Cell, file: Path, contenders: Contenders
-) -> dict[str, Transfer]:
-    names = contenders.names if number % 2 == 0 else contenders.names[::-1]
-    transfers = {}
-    for name in names:
-        transfer, process_cpu_s = _run_once(name, cell, file, contenders)
-        transfers[name] = transfer
-        report.sample(
-            place=place,
-            op=cell.op,
-            block_nbytes=cell.block_nbytes,
-            depth=cell.depth,
-            round=number + 1,
-            contender=name,
-            nbytes=transfer.nbytes,
-            elapsed_s=round(transfer.elapsed_s, 5),
-            cpu_s=round(transfer.cpu_s, 4),
-            process_cpu_s=round(process_cpu_s, 4),
+    def our_contender(self, name: EngineName, *files: Path, footprint_nbytes: int = 0) -> Contender:
+        """Return one of our engines."""
+        return lambda cell: run_ours(
+            name, cell, files, self.file_nbytes, self.nbytes, footprint_nbytes=footprint_nbytes
         )
-    return transfers
+
+    def compare(
+        self,
+        part: str,
+        cells: Sequence[Cell],
+        contenders: Mapping[str, Contender],
+        baselines: Mapping[str, Sequence[str]],
+    ) -> dict[Cell, Measured]:
+        """Let the contenders take turns at each cell, and print the table."""
+        title = f"{self.place}: {part}"
+        for contender in contenders.values():  # so that the first cell does not wake everything up
+            contender(cells[0])
+        measured: dict[Cell, Measured] = {
+            cell: take_turns(self.report, title, cell, contenders, self.rounds) for cell in cells
+        }
+        self.report.say(f"## {title}")
+        self.report.say()
+        print_turns(self.report, measured, baselines)
+        return measured
 
 
-def _run_once(name: str, cell: Cell, file: Path, contenders: Contenders) -> tuple[Transfer, float]:
-    if name == "fio":
-        run = run_fio(cell, [file], contenders.file_nbytes, contenders.nbytes)
-        return run.transfer, run.process_cpu_s
-    transfer = run_ours(name, cell, [file], contenders.file_nbytes, contenders.nbytes)
-    return transfer, transfer.cpu_s
+def measure_grid(bench: Bench, file: Path, cells: Sequence[Cell], *, judged: bool) -> None:
+    """Measure every cell; `judged`: hold them to the bars."""
+    baselines = {"uring": ("fio",), "threads": ("uring",) if "uring" in bench.engines else ("fio",)}
+    measured = bench.compare("grid", cells, bench.contenders(file), baselines)
+    if judged:
+        judge(bench.report, measured)
 
 
-def _summary(transfers: dict[str, list[Transfer]]) -> str:
-    return ", ".join(
-        f"{name} {Spread.of(each.bytes_per_s / 1e9 for each in runs).median:.2f} GB/s"
-        for name, runs in transfers.items()
+def measure_two(bench: Bench, files: Sequence[Path], *, judged: bool) -> None:
+    """Measure two drives at once: two jobs of fio's, one engine of ours."""
+    contenders = bench.contenders(*files)
+    contenders.pop("threads", None)
+    cells = [Cell(op, MIB, 8) for op in ("read", "write")]
+    measured = bench.compare("two directories at once", cells, contenders, {"uring": ("fio",)})
+    for cell in cells if judged and {"uring", "fio"} <= set(contenders) else ():
+        ratio = speed_ratio(measured[cell], "uring", "fio").median
+        bench.report.bar(f"two directories, {cell}: uring / two jobs of fio", ratio, LEAST_RATIO, least=True)
+    bench.report.say()
+
+
+def measure_memory(bench: Bench, file: Path) -> None:
+    """Measure what the buffers' pages and their number do.
+
+    By default fio has small pages and ours are huge; fio's buffers are depth x block bytes, ours twice
+    that, but a run of the runtime goes through far more than any cache holds.
+    """
+    large = f"uring over {format_bytes(LARGE_NBYTES)}"
+    contenders = bench.contenders(file)
+    contenders.pop("threads", None)
+    if bench.fio:
+        contenders["fio, huge pages"] = bench.fio_contender(file, huge_pages=True)
+    contenders[large] = bench.our_contender("uring", file, footprint_nbytes=LARGE_NBYTES)
+    both = ("fio", "fio, huge pages")
+    baselines = {"fio, huge pages": ("fio",), "uring": both, large: both}
+    bench.compare("pages and amount of memory", FEW_CELLS, contenders, baselines)
+
+
+def measure_blocks(bench: Bench, file: Path) -> None:
+    """Measure one request from Python for each block, beside large requests that the engine cuts."""
+    contenders = bench.contenders(file)
+    contenders.pop("threads", None)
+    contenders["a request a block"] = lambda cell: run_blocks(
+        "uring", cell, [file], bench.file_nbytes, bench.nbytes
     )
+    baselines = {"uring": ("fio",), "a request a block": ("fio", "uring")}
+    bench.compare("one request for each block, from Python", FEW_CELLS, contenders, baselines)
 
 
-def _print_table(report: Report, place: str, measured: dict[Cell, dict[str, list[Transfer]]]) -> None:
-    names = list(next(iter(measured.values())))
-    baselines = {name: _baseline(name, names) for name in names}
-    columns = ["", *(f"{name} GB/s" for name in names)]
-    columns += [f"{name} / {other}" for name, other in baselines.items() if other]
-    columns += [f"{name} CPU s/GB" for name in names]
-    columns += [f"CPU {name} / {other}" for name, other in baselines.items() if other == "fio"]
-    rows = []
-    for cell, runs in measured.items():
-        row = [str(cell), *(_range(runs[name]) for name in names)]
-        row += [str(_ratio(runs, name, other)) for name, other in baselines.items() if other]
-        row += [f"{Spread.of(each.cpu_s_per_gb for each in runs[name]).median:.3f}" for name in names]
-        row += [f"{_cpu_ratio(runs, name).median:.2f}" for name, other in baselines.items() if other == "fio"]
-        rows.append(row)
-    report.say(f"{place}: median [least..most]; ratios are taken within each round")
-    report.say()
-    report.table(columns, rows)
+def measure_fixed(bench: Bench, file: Path) -> None:
+    """Measure what registered files and buffers give fio, with small pages and with huge ones."""
+    make = partial(bench.fio_contender, file)
+    buffers, files = "--fixedbufs=1", "--registerfiles=1"
+    contenders = {
+        "fio": make(),
+        "registered files": make(extra=[files]),
+        "registered buffers": make(extra=[buffers]),
+        "both": make(extra=[buffers, files]),
+        "huge pages": make(huge_pages=True),
+        "huge pages, files": make(extra=[files], huge_pages=True),
+        "huge pages, both": make(extra=[buffers, files], huge_pages=True),
+    }
+    baselines = {name: ("fio",) for name in contenders if name != "fio"}
+    baselines |= {name: ("huge pages",) for name in contenders if name.startswith("huge pages,")}
+    bench.compare("what registering gives fio", FEW_CELLS, contenders, baselines)
 
 
-def _baseline(name: str, names: Sequence[str]) -> str | None:
-    """Return whom `name` is compared with: fio, and `threads` with `uring`."""
-    if name == "threads" and "uring" in names:
-        return "uring"
-    return "fio" if name != "fio" and "fio" in names else None
-
-
-def _range(runs: Sequence[Transfer]) -> str:
-    spread = Spread.of(each.bytes_per_s / 1e9 for each in runs)
-    return f"{spread.median:.2f} [{spread.least:.2f}..{spread.most:.2f}]"
-
-
-def _ratio(runs: dict[str, list[Transfer]], name: str, other: str) -> Spread:
-    return Spread.paired(
-        [each.bytes_per_s for each in runs[name]], [each.bytes_per_s for each in runs[other]]
-    )
-
-
-def _cpu_ratio(runs: dict[str, list[Transfer]], name: str) -> Spread:
-    return Spread.paired([each.cpu_s for each in runs[name]], [each.cpu_s for each in runs["fio"]])
-
-
-def _judge(report: Report, measured: dict[Cell, dict[str, list[Transfer]]]) -> None:
-    names = list(next(iter(measured.values())))
+def judge(report: Report, measured: Mapping[Cell, Measured]) -> None:
+    """Hold what was measured to the bars, each direction by itself."""
+    names = set(next(iter(measured.values())))
     for op in ("read", "write"):
         cells = [cell for cell in measured if cell.op == op]
-        if not cells:
-            continue
-        if "uring" in names and "fio" in names:
-            ratios = {cell: _ratio(measured[cell], "uring", "fio").median for cell in cells}
-            worst = min(cells, key=lambda cell: ratios[cell])
-            report.bar(
-                f"{op}: uring / fio, least of all cells ({worst})", ratios[worst], LEAST_RATIO, least=True
-            )
-            best = max(
-                cells, key=lambda cell: Spread.of(each.bytes_per_s for each in measured[cell]["fio"]).median
-            )
-            report.bar(
-                f"{op}: uring / fio where fio is fastest ({best})", ratios[best], BEST_RATIO, least=True
-            )
-            costs = {cell: _cpu_ratio(measured[cell], "uring").median for cell in cells}
-            dearest = max(cells, key=lambda cell: costs[cell])
-            report.bar(
-                f"{op}: CPU time uring / fio, most of all cells ({dearest})", costs[dearest], CPU_RATIO
-            )
+        if cells and {"uring", "fio"} <= names:
+            _judge_uring(report, op, {cell: measured[cell] for cell in cells})
         large = [cell for cell in cells if cell.block_nbytes >= THREADS_BLOCK_NBYTES]
-        if "uring" in names and "threads" in names and large:
-            ratios = {cell: _ratio(measured[cell], "threads", "uring").median for cell in large}
-            worst = min(large, key=lambda cell: ratios[cell])
-            report.bar(
-                f"{op}: threads / uring, least from 1 MiB on ({worst})",
-                ratios[worst],
-                THREADS_RATIO,
-                least=True,
-            )
+        if large and {"uring", "threads"} <= names:
+            ratios = {cell: speed_ratio(measured[cell], "threads", "uring").median for cell in large}
+            worst = min(large, key=ratios.__getitem__)
+            what = f"{op}: threads / uring, least from 1 MiB on ({worst})"
+            report.bar(what, ratios[worst], THREADS_RATIO, least=True)
     report.say()
+
+
+def _judge_uring(report: Report, op: str, measured: Mapping[Cell, Measured]) -> None:
+    ratios = {cell: speed_ratio(runs, "uring", "fio").median for cell, runs in measured.items()}
+    worst = min(ratios, key=ratios.__getitem__)
+    report.bar(f"{op}: uring / fio, least of all cells ({worst})", ratios[worst], LEAST_RATIO, least=True)
+    rates = {
+        cell: Spread.of(each.bytes_per_s for each in runs["fio"]).median for cell, runs in measured.items()
+    }
+    best = max(rates, key=rates.__getitem__)
+    report.bar(f"{op}: uring / fio where fio is fastest ({best})", ratios[best], BEST_RATIO, least=True)
+    costs = {cell: cost_ratio(runs, "uring", "fio").median for cell, runs in measured.items()}
+    dearest = max(costs, key=costs.__getitem__)
+    report.bar(f"{op}: CPU time uring / fio, most of all cells ({dearest})", costs[dearest], CPU_RATIO)

@@ -108,7 +108,7 @@ def _run(
             stream.finish()
         elapsed_s, after = time.perf_counter() - began_s, resource.getrusage(resource.RUSAGE_SELF)
     cpu_s = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return Transfer(count * request_nbytes * len(files), elapsed_s, cpu_s)
+    return Transfer(count * request_nbytes * len(files), elapsed_s, cpu_s, cpu_s)
 
 
 class _Stream:

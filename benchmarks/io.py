@@ -6,32 +6,40 @@ runs every contender once, in an order that is reversed from round to round, and
 median of the ratios is judged. On a real drive (--disk) the figures are for information; on the quiet
 disk (--quiet, root), which repeats, the bars count.
 
-  python benchmarks/io.py --quiet                     the grid, 18 cells, about 8 minutes
-  python benchmarks/io.py --quiet --cells 'read:1m:*' a part of it
-  python benchmarks/io.py --disk /mnt/nvme --peers    a drive, and what else loads weights from it
+  python benchmarks/io.py --quiet                       the grid, 18 cells, about 6 minutes
+  python benchmarks/io.py --quiet --cells 'read:1m:*'   three of them
+  python benchmarks/io.py --quiet --parts all           everything, about 15 minutes
+  python benchmarks/io.py --disk /mnt/nvme --parts grid,peers
+
+Parts: `grid`; `two`, two quiet disks at once; `memory`, huge pages and small, much memory and little;
+`blocks`, one request for each block from Python; `fixed`, what registered buffers and files give fio;
+`peers`, what else loads weights: aiofiles, numpy, torch, safetensors, Accelerate.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-from _cells import grid, select_cells
+from _cells import Cell, grid, select_cells
 from _fio import fio_version
-from _grid import Contenders, run_grid
+from _grid import Bench, measure_blocks, measure_fixed, measure_grid, measure_memory, measure_two
 from _ours import fill_file
 from _quiet import quiet_disk
 from _report import Report, add_report_arguments
 
-from offload.errors import OffloadError
-from offload.sizes import format_bytes, parse_bytes
+from offload.errors import ConfigError, OffloadError
+from offload.sizes import parse_bytes
 
 QUESTION = "are our engines as fast as fio, and as cheap?"
 FILE = "data"
+PARTS = ("grid", "two", "memory", "blocks", "fixed", "peers")
+# The peers' tensors are a half of the file's size, and are written in this many formats.
+PEER_COPIES = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +60,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--transfer", default="4GiB", metavar="SIZE", help="bytes of one run, wrapping around [%(default)s]"
     )
+    parser.add_argument("--parts", default="grid", help=f"{','.join(PARTS)} or all [%(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="[%(default)s]")
     parser.add_argument("--blocks", default="128KiB,1MiB,8MiB", help="block sizes [%(default)s]")
     parser.add_argument("--depths", default="1,8,32", help="queue depths [%(default)s]")
@@ -68,32 +77,70 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     blocks = [parse_bytes(block) for block in args.blocks.split(",")]
     depths = [int(depth) for depth in args.depths.split(",")]
-    contenders = Contenders(
+    cells = select_cells(grid(("read", "write"), blocks, depths), args.cells)
+    parts = _parts(args)
+    fio = "left out" if args.without_fio else fio_version()
+    report = Report(__file__, QUESTION, argv, args.disk)
+    report.say(
+        f"fio: {fio}, io_uring. One file of {args.size}, all of it written before; {args.transfer} a run,"
+        f" {args.rounds} rounds; direct I/O, no flush on either side. Medians [least..most]; ratios are taken"
+        " within each round. CPU seconds are those of the contender, not of the kernel's loop threads."
+    )
+    report.say()
+    bench = Bench(
+        report,
+        place="drive",
         fio=not args.without_fio,
         engines=tuple(args.engines.split(",")),
         file_nbytes=parse_bytes(args.size),
         nbytes=parse_bytes(args.transfer),
         rounds=args.rounds,
     )
-    cells = select_cells(grid(("read", "write"), blocks, depths), args.cells)
-    fio = fio_version() if contenders.fio else "left out"
-    report = Report(__file__, QUESTION, argv, args.disk)
-    report.say(f"fio: {fio}. One file of {format_bytes(contenders.file_nbytes)}, all of it written before,")
-    report.say(
-        f"{format_bytes(contenders.nbytes)} a run, {args.rounds} rounds; direct I/O, no flush on either side."
-    )
-    report.say()
-    with ExitStack() as stack:
-        places = []
-        if args.disk is not None:
-            folder = tempfile.TemporaryDirectory(dir=args.disk, prefix="offload-io-")
-            places.append(("disk", Path(stack.enter_context(folder))))
-        if args.quiet:
-            places.append(("quiet", stack.enter_context(quiet_disk(contenders.file_nbytes))))
-        for place, directory in places:
-            fill_file(directory / FILE, contenders.file_nbytes)
-            run_grid(report, place, directory / FILE, cells, contenders, judged=place == "quiet")
+    if args.disk is not None:
+        with tempfile.TemporaryDirectory(dir=args.disk, prefix="offload-io-") as folder:
+            _measure(bench, Path(folder), cells, parts, judged=False)
+    if args.quiet:
+        room_nbytes = bench.file_nbytes * (PEER_COPIES if "peers" in parts else 2) // 2
+        with quiet_disk(max(room_nbytes, bench.file_nbytes)) as directory:
+            _measure(dataclasses.replace(bench, place="quiet disk"), directory, cells, parts, judged=True)
     return report.finish(args.save)
+
+
+def _parts(args: argparse.Namespace) -> frozenset[str]:
+    wanted = set(PARTS) if args.parts == "all" else set(args.parts.split(","))
+    unknown = wanted - set(PARTS)
+    if unknown:
+        raise ConfigError(f"--parts: there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if args.without_fio:
+        wanted.discard("fixed")
+    return frozenset(wanted)
+
+
+def _measure(
+    bench: Bench, directory: Path, cells: Sequence[Cell], parts: frozenset[str], *, judged: bool
+) -> None:
+    file = directory / FILE
+    fill_file(file, bench.file_nbytes)
+    if "grid" in parts:
+        measure_grid(bench, file, cells, judged=judged)
+    if "memory" in parts:
+        measure_memory(bench, file)
+    if "blocks" in parts:
+        measure_blocks(bench, file)
+    if "fixed" in parts:
+        measure_fixed(bench, file)
+    if "two" in parts and judged:  # a second drive is at hand only where it is made
+        with quiet_disk(bench.file_nbytes) as other:
+            fill_file(other / FILE, bench.file_nbytes)
+            measure_two(bench, [file, other / FILE], judged=judged)
+    file.unlink()
+    if "peers" in parts:
+        # Imported here: torch, Accelerate and their threads have no place beside the other parts.
+        from _peers import measure_peers
+
+        folder = directory / "peers"
+        folder.mkdir()
+        measure_peers(bench.report, bench.place, folder, bench.file_nbytes // 2, bench.rounds)
 
 
 if __name__ == "__main__":
