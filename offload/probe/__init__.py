@@ -1,1 +1,3 @@
-"""Measures this machine: drives, host memory, links. See `offload.probe.results` for what comes out."""
+"""Measures this machine: drives, host memory, links. `run` is where it begins, `results` what comes out."""
+
+__all__: list[str] = []

@@ -96,21 +96,26 @@ def shared_notes(paths: Sequence[str], places: Sequence[str]) -> list[str]:
     ]
 
 
-def slow_notes(paths: Sequence[str], bytes_per_s: Sequence[float], pattern: str) -> list[str]:
-    """Return a note on each drive that is much slower than the fastest.
+def slow_notes(drives: Sequence[DriveFacts], bytes_per_s: Sequence[float], pattern: str) -> list[str]:
+    """Return a note on each drive that is much slower than the fastest. Memory is not compared with drives.
 
     Args:
-        paths: the directories.
-        bytes_per_s: of each drive alone, at its best setting.
+        drives: what they are.
+        bytes_per_s: of each alone, at its best setting.
         pattern: what was measured.
     """
-    fastest = max(range(len(paths)), key=lambda index: bytes_per_s[index])
+    rates = {
+        drive.path: rate
+        for drive, rate in zip(drives, bytes_per_s, strict=True)
+        if drive.file_system not in _IN_MEMORY
+    }
+    fastest = max(rates, key=rates.__getitem__, default="")
     return [
-        f"{path} is slow: {pattern} {format_rate(rate)}, and {paths[fastest]} "
-        f"{format_rate(bytes_per_s[fastest])}; "
-        "look at its slot, its temperature and how full it is, or leave it out"
-        for path, rate in zip(paths, bytes_per_s, strict=True)
-        if rate < _SLOW * bytes_per_s[fastest]
+        f"{path} is slow: {pattern} {format_rate(rate)}, and {fastest} "
+        f"{format_rate(rates[fastest])}; look at its slot, its temperature and how full it is, or leave it "
+        "out"
+        for path, rate in rates.items()
+        if rate < _SLOW * rates[fastest]
     ]
 
 

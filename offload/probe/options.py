@@ -72,6 +72,10 @@ class BenchOptions:
             f"size: {format_bytes(self.size_nbytes)} is too little to measure with; use 8MiB or more",
         )
         _require(bool(self.patterns), "patterns: nothing to measure; name read, write or mixed")
+        _require(
+            len(set(self.patterns)) == len(self.patterns),
+            f"patterns: named twice: {', '.join(self.patterns)}",
+        )
         for pattern in self.patterns:
             _require(
                 pattern in get_args(Pattern),

@@ -153,13 +153,12 @@ def _together(survey: Survey) -> SharedSpeed | None:
 
 
 def _slow_notes(survey: Survey) -> list[str]:
-    paths = [facts.path for facts in survey.facts]
     notes = []
     for pattern in ("read", "write"):
         cells = [_cell(group, pattern) for group in survey.alone]
         rates = [cell.bytes_per_s for cell in cells if cell is not None]
-        if len(rates) == len(paths):
-            notes += slow_notes(paths, rates, pattern)
+        if len(rates) == len(survey.facts):
+            notes += slow_notes(survey.facts, rates, pattern)
     return notes
 
 

@@ -86,7 +86,7 @@ class ScratchFile:
         assert nbytes % PERIOD_NBYTES == 0, nbytes
         self.directory = directory
         self.nbytes = nbytes
-        self.free_nbytes = check_directories([directory], nbytes)[0]
+        check_directories([directory], nbytes)
         self.verified_nbytes = 0
         self.read_nbytes = 0
         self.written_nbytes = 0

@@ -76,7 +76,7 @@ def survey_drives(directories: Sequence[str], options: BenchOptions, meter: Mete
         meter: told what begins.
     """
     nbytes = align_down(options.size_nbytes, MIB)
-    check_directories(directories, nbytes)
+    free_nbytes = check_directories(directories, nbytes)
     with ExitStack() as stack:
         engine = stack.enter_context(open_engine(options.engine, direct=options.direct))
         name = _name_of(engine)
@@ -106,7 +106,7 @@ def survey_drives(directories: Sequence[str], options: BenchOptions, meter: Mete
 
         traffic = _traffic(files, before)
         reason = _reason(name, options)
-        facts = [_facts(file, name, reason) for file in files]
+        facts = [_facts(file, name, reason, free) for file, free in zip(files, free_nbytes, strict=True)]
     places = [one[0] if one else fact.device for one, fact in zip(before, facts, strict=True)]
     notes += shared_notes(directories, places)
     for fact, drive in zip(facts, before, strict=True):
@@ -199,7 +199,7 @@ def _sustained(
     return runs
 
 
-def _facts(file: ScratchFile, engine: EngineName, reason: str) -> DriveFacts:
+def _facts(file: ScratchFile, engine: EngineName, reason: str, free_nbytes: int) -> DriveFacts:
     mount = host.mount_of(file.directory)
     return DriveFacts(
         path=file.directory,
@@ -210,7 +210,7 @@ def _facts(file: ScratchFile, engine: EngineName, reason: str) -> DriveFacts:
         engine_reason=reason,
         direct=file.file.direct,
         file_nbytes=file.nbytes,
-        free_nbytes=file.free_nbytes,
+        free_nbytes=free_nbytes,
         verified_nbytes=file.verified_nbytes,
     )
 
