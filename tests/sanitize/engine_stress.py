@@ -46,7 +46,7 @@ ROUND_OPERATIONS = 400
 ENGINE_CLOSED = "I/O engine is closed"
 MAX_PENDING = 12
 SHIFTS = (0, 0, 0, 1, 64, 512, 4095)  # of a buffer from a page boundary
-FULL_DRIVE_FILES = 32  # of LIMIT_NBYTES each: more than the small drive holds
+FULL_DRIVE_FILES = 80  # of LIMIT_NBYTES each: more than the small drive holds
 
 assert FILE_NBYTES < LIMIT_NBYTES
 
@@ -65,10 +65,10 @@ class Round:
         self.peers = peers
         self.shared: list[File] = [self.engine.open(path, "r+") for path in paths]
         self.may_end = threading.Event()
-        self.is_closed = False
         self.ending = rng.choice(["close", "close", "two closers", "drop"])
-        if name == "portable" and self.ending == "drop":
-            self.ending = "close"  # its loop refers to it until it is closed
+        if name == "portable":
+            # Its loop refers to it until it is closed, and two threads at once may not do that.
+            self.ending = "close"
 
     def end(self) -> None:
         """Close the engine, or let it go, with whatever is in flight."""
@@ -76,15 +76,10 @@ class Round:
             self.engine = None
             gc.collect()
         elif self.engine is not None:
-            closers = [
-                threading.Thread(target=self.engine.close) for _ in range(self.ending == "two closers")
-            ]
-            for closer in closers:
-                closer.start()
+            other = self.peers.submit(self.engine.close) if self.ending == "two closers" else None
             self.engine.close()
-            for closer in closers:
-                closer.join()
-        self.is_closed = True
+            if other is not None:
+                other.result()
 
 
 class Worker:
@@ -107,7 +102,7 @@ class Worker:
             self._work(this, random.Random(seed))
         except BaseException:  # noqa: BLE001 - shown by the main thread
             self.failure = traceback.format_exc()
-        finally:
+        if self.number == 0 or self.failure is not None:
             this.may_end.set()
 
     def settle_all(self, seed: str) -> None:
@@ -138,6 +133,8 @@ class Worker:
             (1, lambda: self._misuse(engine, own, rng)),
         ]
         weights = [weight for weight, _ in doings]
+        if self._small_drive is not None and (not self.counts["drives filled"] or rng.random() < 0.1):
+            self._fill_the_drive(engine, self._small_drive)
         end_at = rng.randrange(ROUND_OPERATIONS)
         for step in range(ROUND_OPERATIONS):
             if self.number == 0 and step == end_at and this.ending != "drop":
@@ -149,8 +146,6 @@ class Worker:
                     raise
                 self.counts["stopped"] += 1
                 return  # the engine was closed under this thread
-        if self._small_drive is not None and rng.random() < 0.2 and not this.is_closed:
-            self._fill_the_drive(engine, self._small_drive)
 
     def _transfer(self, this: Round, engine: Engine, own: list[File], rng: random.Random) -> None:
         index = rng.randrange(NUM_FILES)
@@ -269,9 +264,12 @@ class Worker:
         paths = [folder / f"full{number}" for number in range(FULL_DRIVE_FILES)]
         buffer = _mapping(LIMIT_NBYTES)
         try:
-            for path in paths:
+            for number, path in enumerate(paths):
                 with engine.open(str(path), "x+") as file:
-                    engine.submit("write", file, buffer, 0).wait()
+                    if number % 8:
+                        file.allocate(LIMIT_NBYTES)
+                    else:
+                        engine.submit("write", file, buffer, 0).wait()
         except DiskFullError:
             self.counts["drives filled"] += 1
         else:
@@ -348,7 +346,7 @@ def main() -> int:
     parser.add_argument("--engine", default="uring", choices=["uring", "threads", "portable"])
     parser.add_argument("--operations", type=int, default=10_000, help="requests to submit")
     parser.add_argument("--seed", type=int, default=20)
-    parser.add_argument("--small-drive", type=Path, metavar="DIR", help="less than 32 MiB, to be filled")
+    parser.add_argument("--small-drive", type=Path, metavar="DIR", help="less than 80 MiB, to be filled")
     parser.add_argument("--timeout-s", type=float, default=600, help="then the program ends with all stacks")
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(arguments.timeout_s, exit=True)
