@@ -172,16 +172,25 @@ def test_a_disk_takes_what_fits_and_no_more() -> None:
 
 
 def test_what_was_allocated_is_there_for_its_file_alone() -> None:
-    disk = SimDisk(capacity_nbytes=NBYTES + SECTOR_NBYTES)
+    disk = SimDisk(capacity_nbytes=NBYTES)
     with engine_on(disk) as engine, engine.open(PATH, "x+") as file, engine.open("/sim/b", "x+") as other:
         engine.submit("write", file, b"already there", 5 * SECTOR_NBYTES).wait()
         file.allocate(NBYTES)
         assert disk.used_nbytes(PATH) == NBYTES
-        with pytest.raises(DiskFullError, match=f"allocate failed: {NBYTES:,} bytes of /sim/b"):
-            other.allocate(NBYTES)
+        with pytest.raises(DiskFullError, match=f"allocate failed: {SECTOR_NBYTES:,} bytes of /sim/b"):
+            other.allocate(SECTOR_NBYTES)
         assert other.size_nbytes == 0
-        assert engine.submit("write", other, bytes(SECTOR_NBYTES), 0).wait() == SECTOR_NBYTES
+        with pytest.raises(DiskFullError):
+            engine.submit("write", other, b"x", 0).wait()
         assert engine.submit("write", file, NEW, 0).wait() == NBYTES
+
+
+def test_closing_a_file_lets_its_requests_complete_first() -> None:
+    engine = engine_on(SimDisk())
+    file = engine.open(PATH, "x+")
+    requests = [engine.submit("write", file, NEW, n * NBYTES) for n in range(3)]
+    file.close()
+    assert all(request.finished_s is not None for request in requests)
 
 
 def test_names_relative_to_a_directory_are_in_that_directory(tmp_path: Path) -> None:

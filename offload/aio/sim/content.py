@@ -36,20 +36,6 @@ class SimContent:
         """Room it takes on the disk."""
         return (self._num_reserved + self._num_beyond) * self._sector_nbytes
 
-    @property
-    def num_dirty(self) -> int:
-        """Sectors that the next flush would make durable."""
-        return len(self._dirty)
-
-    def copy(self) -> SimContent:
-        """Return an independent copy."""
-        other = SimContent(self._sector_nbytes)
-        other._durable, other._cached = dict(self._durable), dict(self._cached)
-        other._dirty = set(self._dirty)
-        other._num_reserved, other._num_beyond = self._num_reserved, self._num_beyond
-        other._durable_shape, other.size_nbytes = self._durable_shape, self.size_nbytes
-        return other
-
     def read(self, offset: int, nbytes: int) -> bytes:
         """Return what a reader sees; shorter at the end of the file."""
         stop = min(offset + nbytes, self.size_nbytes)

@@ -107,13 +107,8 @@ class SimDisk:
                 sector_nbytes=self.sector_nbytes,
                 short_rate=self.short_rate,
             )
-            writes = [flight for flight in self._schedule.flights if flight.op == "write"]
             for path, content in self._files.items():
-                reached = content.copy()
-                for flight in writes:
-                    if flight.content is content and (flight.fault is None or not flight.fault.errno):
-                        reached.write_some(flight.offset, flight.memory, rng)
-                left._files[_moved(path, moved)] = reached.after_power_loss(rng)
+                left._files[_moved(path, moved)] = content.after_power_loss(rng)
             return left
 
     def restart(self) -> None:
