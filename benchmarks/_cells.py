@@ -15,7 +15,10 @@ from offload.aio import Op
 from offload.errors import ConfigError
 from offload.sizes import MIB, align_up
 
-__all__ = ["Cell", "Spread", "Transfer", "grid", "select_cells"]
+__all__ = ["OUTSTANDING", "Cell", "Spread", "Transfer", "grid", "select_cells"]
+
+# Requests of ours asked for at any time, on each file; see `Cell.request_nbytes`.
+OUTSTANDING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,11 @@ class Cell:
         """
         half_nbytes = align_up(self.depth, 2) // 2 * self.block_nbytes
         return max(half_nbytes, 2 * self.block_nbytes, align_up(MIB, self.block_nbytes))
+
+    @property
+    def file_nbytes(self) -> int:
+        """The least size of a file in which outstanding requests do not overlap."""
+        return OUTSTANDING * self.request_nbytes
 
     def __str__(self) -> str:
         return f"{self.op} {self.block} x {self.depth}"

@@ -103,7 +103,10 @@ def run_fio(
         try:
             output, complaints = child.communicate()
         except BaseException:
+            # Once more until the pipes close: the jobs hold the file, so that its disk can be taken down
+            # only when they are gone as well. (After Ctrl-C `with` would not wait for long.)
             child.terminate()
+            child.communicate()
             raise
     if child.returncode:
         raise StorageError(

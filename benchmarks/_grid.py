@@ -18,7 +18,7 @@ from _report import Report
 from _turns import Contender, Measured, cost_ratio, print_turns, speed_ratio, take_turns
 
 from offload.aio import EngineName
-from offload.sizes import GIB, MIB, format_bytes
+from offload.sizes import MIB, format_bytes
 
 __all__ = [
     "Bench",
@@ -37,9 +37,7 @@ CPU_RATIO = 1.2
 # threads beside uring, from this block size on.
 THREADS_RATIO = 0.9
 THREADS_BLOCK_NBYTES = MIB
-# Memory that is cycled through, far more than any cache holds.
-LARGE_NBYTES = GIB
-# Where not the whole grid is worth its time: many small blocks, the default, and large ones.
+# Many small blocks, the default, and large ones.
 FEW_CELLS = [
     Cell(op, nbytes, depth)
     for op in ("read", "write")
@@ -58,6 +56,11 @@ class Bench:
     file_nbytes: int
     nbytes: int
     rounds: int
+
+    @property
+    def few_cells(self) -> list[Cell]:
+        """Some cells of which the file is large enough, for what is not worth the whole grid's time."""
+        return [cell for cell in FEW_CELLS if cell.file_nbytes <= self.file_nbytes]
 
     def contenders(self, *files: Path) -> dict[str, Contender]:
         """Return fio, where it takes part, and our engines, on these files at once."""
@@ -118,17 +121,17 @@ def measure_memory(bench: Bench, file: Path) -> None:
     """Measure what the buffers' pages and their number do.
 
     By default fio has small pages and ours are huge; fio's buffers are depth x block bytes, ours twice
-    that, but a run of the runtime goes through far more than any cache holds.
+    that, but a run of the runtime goes through far more than any cache holds; here, as much as the file.
     """
-    large = f"uring over {format_bytes(LARGE_NBYTES)}"
+    large = f"uring over {format_bytes(bench.file_nbytes)}"
     contenders = bench.contenders(file)
     contenders.pop("threads", None)
     if bench.fio:
         contenders["fio, huge pages"] = bench.fio_contender(file, huge_pages=True)
-    contenders[large] = bench.our_contender("uring", file, footprint_nbytes=LARGE_NBYTES)
+    contenders[large] = bench.our_contender("uring", file, footprint_nbytes=bench.file_nbytes)
     both = ("fio", "fio, huge pages")
     baselines = {"fio, huge pages": ("fio",), "uring": both, large: both}
-    bench.compare("pages and amount of memory", FEW_CELLS, contenders, baselines)
+    bench.compare("pages and amount of memory", bench.few_cells, contenders, baselines)
 
 
 def measure_blocks(bench: Bench, file: Path) -> None:
@@ -139,7 +142,7 @@ def measure_blocks(bench: Bench, file: Path) -> None:
         "uring", cell, [file], bench.file_nbytes, bench.nbytes
     )
     baselines = {"uring": ("fio",), "a request a block": ("fio", "uring")}
-    bench.compare("one request for each block, from Python", FEW_CELLS, contenders, baselines)
+    bench.compare("one request for each block, from Python", bench.few_cells, contenders, baselines)
 
 
 def measure_fixed(bench: Bench, file: Path) -> None:
@@ -157,7 +160,7 @@ def measure_fixed(bench: Bench, file: Path) -> None:
     }
     baselines = {name: ("fio",) for name in contenders if name != "fio"}
     baselines |= {name: ("huge pages",) for name in contenders if name.startswith("huge pages,")}
-    bench.compare("what registering gives fio", FEW_CELLS, contenders, baselines)
+    bench.compare("what registering gives fio", bench.few_cells, contenders, baselines)
 
 
 def judge(report: Report, measured: Mapping[Cell, Measured]) -> None:

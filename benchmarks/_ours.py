@@ -17,20 +17,17 @@ import resource
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from _cells import Cell, Transfer
+from _cells import OUTSTANDING, Cell, Transfer
 
 from offload.aio import Engine, EngineName, File, Op, Request, open_engine
 from offload.buffers import Arena, Budget
 from offload.errors import StorageError
 from offload.sizes import format_bytes
 
-__all__ = ["OUTSTANDING", "fill_file", "run_blocks", "run_ours"]
-
-# Requests asked for at any time, on each file; see `Cell.request_nbytes`.
-OUTSTANDING = 4
+__all__ = ["fill_file", "run_blocks", "run_ours"]
 
 
 def run_ours(
@@ -48,15 +45,13 @@ def run_ours(
         name: the engine.
         cell: direction, size of a segment, and segments in flight on each drive.
         files: existing files, one on each drive.
-        file_nbytes: their size.
+        file_nbytes: their size, at least `cell.file_nbytes`.
         nbytes: a multiple of the request size is moved, at most so many.
         footprint_nbytes: cycle through so much memory for each file; 0 is the least that
             `OUTSTANDING` requests need.
     """
-    # A request is never larger than what four of them may ask of the file without overlap.
-    request_nbytes = min(cell.request_nbytes, file_nbytes // OUTSTANDING)
-    num_buffers = max(OUTSTANDING, footprint_nbytes // request_nbytes)
-    return _run(name, cell, files, file_nbytes, nbytes, request_nbytes, num_buffers, OUTSTANDING)
+    num_buffers = max(OUTSTANDING, footprint_nbytes // cell.request_nbytes)
+    return _run(name, cell, files, file_nbytes, nbytes, cell.request_nbytes, num_buffers, OUTSTANDING)
 
 
 def run_blocks(
@@ -92,10 +87,11 @@ def _run(
             name, queue_depth=cell.depth, segment_nbytes=cell.block_nbytes, threads=cell.depth
         ) as engine,
         _rings(len(files), num_buffers, request_nbytes) as rings,
+        ExitStack() as opened,  # an open file would keep the quiet disk from being taken down
     ):
         streams = []
         for path, ring in zip(files, rings, strict=True):
-            file = engine.open(str(path), mode)
+            file = opened.enter_context(engine.open(str(path), mode))
             if not file.direct:
                 raise StorageError(f"{path} is not read and written directly (O_DIRECT); name another --disk")
             streams.append(_Stream(engine, file, cell.op, ring, file_nbytes, outstanding))
@@ -142,10 +138,9 @@ class _Stream:
         self._count += 1
 
     def finish(self) -> None:
-        """Wait for the rest and close the file."""
+        """Wait for the rest."""
         while self._in_flight:
             self._in_flight.popleft().wait()
-        self._file.close()
 
 
 @contextmanager

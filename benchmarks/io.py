@@ -33,7 +33,7 @@ from _quiet import quiet_disk
 from _report import Report, add_report_arguments
 
 from offload.errors import ConfigError, OffloadError
-from offload.sizes import parse_bytes
+from offload.sizes import format_bytes, parse_bytes
 
 QUESTION = "are our engines as fast as fio, and as cheap?"
 FILE = "data"
@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OffloadError as error:
         print(f"io.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("io.py: interrupted; what it made is gone again", file=sys.stderr)
+        return 130
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,6 +82,13 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     depths = [int(depth) for depth in args.depths.split(",")]
     cells = select_cells(grid(("read", "write"), blocks, depths), args.cells)
     parts = _parts(args)
+    file_nbytes = parse_bytes(args.size)
+    for cell in cells:
+        if cell.file_nbytes > file_nbytes:
+            raise ConfigError(
+                f"{cell} needs a file of {format_bytes(cell.file_nbytes)}, not of {format_bytes(file_nbytes)}"
+                ": raise --size, or choose other --cells"
+            )
     fio = "left out" if args.without_fio else fio_version()
     report = Report(__file__, QUESTION, argv, args.disk)
     report.say(
@@ -92,7 +102,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         place="drive",
         fio=not args.without_fio,
         engines=tuple(args.engines.split(",")),
-        file_nbytes=parse_bytes(args.size),
+        file_nbytes=file_nbytes,
         nbytes=parse_bytes(args.transfer),
         rounds=args.rounds,
     )

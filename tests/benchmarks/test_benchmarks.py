@@ -22,14 +22,17 @@ ARGUMENTS = {
     "bounded": [*SMALL, "--steps", "2", "--length", "8", "--learning-rate", "0.01"],
     "fewest_bytes": [*SMALL, "--warm-up", "1", "--steps", "1", "--length", "8"],
     "kill_loop": [*SMALL, "--kills", "1", "--steps", "3", "--length", "8"],
-    "io": ["--size", "4MiB", "--transfer", "8MiB", "--rounds", "1", "--blocks", "128KiB", "--without-fio"],
+    "io": [
+        *("--size", "8MiB", "--transfer", "8MiB", "--rounds", "1", "--cells", "*:128k:*"),
+        *("--without-fio", "--parts", "all"),
+    ],
     "overlap": [*SMALL, "--rounds", "1", "--steps", "1", "--length", "8"],
 }
 COLUMNS = {
     "bounded": {"time_s", "private_nbytes"},
     "fewest_bytes": {"micro_batches", "step", "kernel_read", "kernel_written", "runtime_read"},
     "kill_loop": {"killed at", "status", "resumed at step"},
-    "io": {"place", "op", "block_nbytes", "depth", "round", "contender", "nbytes", "elapsed_s", "cpu_s"},
+    "io": {"part", "op", "block_nbytes", "depth", "round", "contender", "nbytes", "elapsed_s", "cpu_s"},
     "overlap": {"round", "step", "compute", "disk", "ratio"},
 }
 
