@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -33,6 +32,7 @@ def print_sections(sections: Iterable[Section], stream: TextIO | None = None) ->
         for line in section.lines:
             console.print(f"  - {escape(_shown(line))}")
         for table in section.tables:
+            console.print()
             console.print(_rich_table(table))
         if section.code:
             # No wrapping: what is copied must stay one line.
@@ -87,7 +87,8 @@ def _facts(facts: Iterable[tuple[str, str]]) -> RichTable:
 
 
 def _rich_table(table: Table) -> RichTable:
-    drawn = RichTable(box=box.SIMPLE, pad_edge=False, header_style="bold")
+    # No frame: eight columns have to fit a terminal of 80.
+    drawn = RichTable(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for place, column in enumerate(table.columns):
         drawn.add_column(column, justify="right" if place else "left", no_wrap=True)
     drawn.add_column("", no_wrap=True)

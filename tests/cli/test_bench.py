@@ -160,7 +160,7 @@ def test_what_overwriting_forgets_is_said(
     save_machine(machine(2), machine_path)
     _, out, _ = call(tmp_path)
     # The result is of device 259:0; the file held 259:0 and 259:1.
-    assert "It replaces what was kept of /mnt/nvme1" in out.splitlines()[-1] or "259:1" in out
+    assert "It replaces what was kept of /mnt/nvme1" in out.splitlines()[-1]
     machine_path.write_text("{")
     _, out, _ = call(tmp_path)
     assert out.splitlines()[-1].endswith("It replaces a file that could not be read.")

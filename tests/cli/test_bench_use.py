@@ -174,6 +174,15 @@ def test_no_home_directory_is_no_reason_to_stop(tmp_path, monkeypatch, caplog) -
     assert "has no place" in caplog.text
 
 
+def test_without_pydantic_the_defaults_are_used_and_the_reason_logged(
+    machine_path, tmp_path, monkeypatch, caplog
+) -> None:
+    save_machine(machine(drive(tmp_path, device_of(tmp_path))), machine_path)
+    monkeypatch.setattr(compose, "_no_machine", "No module named 'pydantic'")
+    assert opened_with(monkeypatch, caplog, [tmp_path]) == (32, 1 << 20)
+    assert "machine.json cannot be read: No module named 'pydantic'" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("queue_depth", 0), ("queue_depth", 5000), ("segment_nbytes", 0), ("segment_nbytes", 5000)],

@@ -11,7 +11,7 @@ import yaml
 from report.bench_results import MIB, cell, full_result, machine, small_result, sustained
 from rich.console import Console
 
-from offload.probe.results import BenchResult
+from offload.probe.results import BenchResult, LatencySummary
 from offload.report.document import SCHEMA, bench_document, to_json
 from offload.report.markdown import to_markdown
 from offload.report.sections import Section, drive_groups, format_block, sections_of
@@ -83,6 +83,21 @@ def test_drives_together_come_last_with_their_own_setting() -> None:
     assert drive_groups(result) == ((0,), (1,), (0, 1))
     together = sections_of(result)[2]
     assert ("best setting", "blocks of 4 MiB, 8 in flight: read 6.70 GB/s, write 4.40 GB/s") in together.facts
+
+
+def test_tables_fit_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    slow = LatencySummary(num_operations=200_000, p50_s=0.123, p99_s=0.234, p999_s=0.345, max_s=1.23)
+    cells = (replace(cell("write", 128 << 10, 32, latency=True), latency=slow), cell("write", 8 << 20, 1))
+    print_sections(sections_of(replace(small_result(), cells=cells)), stream)
+    assert "\u2026" not in stream.getvalue()  # what rich puts in place of what it cut off
+    assert "200,000" in stream.getvalue()
 
 
 @pytest.mark.parametrize("nbytes", [4096, 6144, 128 << 10, 3 << 19, 1 << 20, (1 << 20) + 4096, 8 << 20])
@@ -168,6 +183,12 @@ def test_json_has_stable_keys_and_every_raw_sample() -> None:
         "drives": [0, 1],
         "setting": {"segment_nbytes": 4 * MIB, "queue_depth": 8},
     }
+
+
+def test_json_holds_no_number_that_json_has_not() -> None:
+    wrong = replace(machine(1), crc32c_bytes_per_s=float("nan"))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_json(replace(small_result(), machine=wrong))
 
 
 def test_a_cell_with_latencies_alone_has_no_bandwidth() -> None:
