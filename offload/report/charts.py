@@ -208,7 +208,8 @@ def bandwidth_chart(
         width=width,
         height=PANEL_HEIGHT,
         plot=(left, upper, right_edge, lower),
-        x_ticks=places,
+        # Labels of four letters need 34 pixels; where there is less, every second one is left out.
+        x_ticks=places if step >= 34 else places[::2],
         y_ticks=y_scale.ticks,
         x_title="depth: operations in flight" if over_depth else "block size (K = KiB, M = MiB)",
         y_title="GB/s",
@@ -301,7 +302,7 @@ def sustained_chart(title: str, run: SustainedRun) -> Chart:
         lines.append(Line(((x, upper), (x, lower)), "drop", 2))
         on_left = x > (left + right_edge) / 2
         text = f"falls after {run.drop_at_nbytes / 1e9:.0f} GB"
-        labels.append(Label(x - 7 if on_left else x + 7, upper + 12, text, "end" if on_left else "start"))
+        labels.append(Label(x - 7 if on_left else x + 7, upper - 7, text, "end" if on_left else "start"))
     return Chart(
         title=title,
         description=f"{title}: first tenth {format_rate(run.first_bytes_per_s)}, "

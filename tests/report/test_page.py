@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
@@ -94,6 +95,14 @@ def test_bandwidth_stands_where_its_axis_says() -> None:
         wanted = bottom.at + value / 4 * (top.at - bottom.at)
         assert any(mark.y == pytest.approx(wanted, abs=0.1) for mark in chart.marks), value
     assert [mark.title.split(":")[0] for mark in chart.marks if mark.best] == ["read 1 MiB x 8"]
+
+
+def test_labels_of_a_full_sweep_do_not_run_into_each_other() -> None:
+    cells = [cell("read", 128 * KIB << step, depth) for step in range(7) for depth in (1, 8)]
+    for width in (300, 460):
+        ticks = bandwidth_chart("Read", cells, None, top=4e9, width=width).x_ticks
+        gaps = [right.at - left.at for left, right in itertools.pairwise(ticks)]
+        assert min(gaps) >= 34 and ticks[0].label == "128K"
 
 
 def test_one_block_size_is_drawn_over_depth() -> None:
