@@ -13,11 +13,12 @@ from pathlib import Path
 
 from _cells import Cell, Spread
 from _fio import run_fio
+from _gil import measure_burst
 from _ours import run_blocks, run_ours
 from _report import Report
 from _turns import Contender, Measured, cost_ratio, print_turns, speed_ratio, take_turns
 
-from offload.aio import EngineName
+from offload.aio import EngineName, open_engine
 from offload.sizes import MIB, format_bytes
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "judge",
     "measure_blocks",
     "measure_fixed",
+    "measure_gil",
     "measure_grid",
     "measure_memory",
     "measure_two",
@@ -161,6 +163,33 @@ def measure_fixed(bench: Bench, file: Path) -> None:
     baselines = {name: ("fio",) for name in contenders if name != "fio"}
     baselines |= {name: ("huge pages",) for name in contenders if name.startswith("huge pages,")}
     bench.compare("what registering gives fio", bench.few_cells, contenders, baselines)
+
+
+def measure_gil(bench: Bench, path: Path) -> None:
+    """Measure how long a burst of calls holds off a second Python thread; makes `path` and removes it."""
+    title = f"{bench.place}: how long another Python thread waits"
+    rows = []
+    for name in bench.engines:
+        with open_engine(name) as engine:
+            rounds = [
+                measure_burst(engine, path, total_nbytes=bench.file_nbytes) for _ in range(bench.rounds)
+            ]
+        for number, gaps in enumerate(rounds):
+            bench.report.sample(part=title, round=number + 1, contender=name, **gaps._asdict())
+        idle, working = (Spread.of(each) for each in zip(*(each[:2] for each in rounds), strict=True))
+        rows.append(
+            (
+                name,
+                *(f"{1e3 * s.median:.2f} [{1e3 * s.least:.2f}..{1e3 * s.most:.2f}]" for s in (idle, working)),
+            )
+        )
+    bench.report.say(f"## {title}")
+    bench.report.say()
+    bench.report.say(
+        f"{format_bytes(bench.file_nbytes)} written and read in requests of 1 MiB, 64 outstanding."
+    )
+    bench.report.say()
+    bench.report.table(("", "longest gap, nothing going on, ms", "longest gap, calls going on, ms"), rows)
 
 
 def judge(report: Report, measured: Mapping[Cell, Measured]) -> None:

@@ -13,6 +13,7 @@ disk (--quiet, root), which repeats, the bars count.
 
 Parts: `grid`; `two`, two quiet disks at once; `memory`, huge pages and small, much memory and little;
 `blocks`, one request for each block from Python; `fixed`, what registered buffers and files give fio;
+`gil`, how long calls hold off other Python threads;
 `peers`, what else loads weights: aiofiles, numpy, torch, safetensors, Accelerate.
 """
 
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from _cells import Cell, grid, select_cells
 from _fio import fio_version
-from _grid import Bench, measure_blocks, measure_fixed, measure_grid, measure_memory, measure_two
+from _grid import Bench, measure_blocks, measure_fixed, measure_gil, measure_grid, measure_memory, measure_two
 from _ours import fill_file
 from _quiet import quiet_disk
 from _report import Report, add_report_arguments
@@ -37,7 +38,7 @@ from offload.sizes import format_bytes, parse_bytes
 
 QUESTION = "are our engines as fast as fio, and as cheap?"
 FILE = "data"
-PARTS = ("grid", "two", "memory", "blocks", "fixed", "peers")
+PARTS = ("grid", "two", "memory", "blocks", "fixed", "gil", "peers")
 # The peers' tensors are a half of the file's size, and are written in this many formats.
 PEER_COPIES = 3
 
@@ -144,6 +145,8 @@ def _measure(
             fill_file(other / FILE, bench.file_nbytes)
             measure_two(bench, [file, other / FILE], judged=judged)
     file.unlink()
+    if "gil" in parts:
+        measure_gil(bench, directory / "burst")
     if "peers" in parts:
         # Imported here: torch, Accelerate and their threads have no place beside the other parts.
         from _peers import measure_peers
