@@ -13,7 +13,7 @@ import psutil
 
 from ..aio import native
 from ..errors import CapacityError, ConfigError
-from ..machine import DeviceSpeed, DriveSpeed, Machine, SharedSpeed
+from ..machine import file_system_id, DeviceSpeed, DriveSpeed, Machine, SharedSpeed
 from ..sizes import MIB
 from . import host
 from .copies import device_speed
@@ -124,7 +124,7 @@ def _drive_speeds(survey: Survey, notes: list[str]) -> tuple[DriveSpeed, ...]:
         speeds.append(
             DriveSpeed(
                 path=facts.path,
-                device=facts.device,
+                device=file_system_id(facts.path),
                 file_system=facts.file_system,
                 engine=facts.engine,
                 direct=facts.direct,

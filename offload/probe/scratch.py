@@ -36,7 +36,7 @@ _ADVICE = {
     errno.ENOTDIR: "it is not a directory: name the directory that holds it",
     errno.EACCES: "name a directory that you may write to, or change its owner",
     errno.EPERM: "name a directory that you may write to",
-    errno.EROFS: "its file system is read-only: mount it for writing, or name another",
+    errno.EROFS: "mount it for writing, or name a directory on another drive",
 }
 
 

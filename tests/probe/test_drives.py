@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from engine_doubles import keep_time, record
 
+from offload.aio import open_engine
 from offload.errors import CorruptionError, PlanError, StorageError
 from offload.machine import IoSetting
+from offload.probe import drives, scratch
 from offload.probe.drives import DriveRunner, transfer_memory
+from offload.probe.host import mount_of
 from offload.probe.results import Sample, Workload
 from offload.sizes import KIB, MIB
 
@@ -60,11 +65,12 @@ def test_rates_of_a_sample_include_the_flush():
     assert sample.cpu_s_per_gb == pytest.approx(0.2)
 
 
-def test_mixed_moves_half_and_half_in_different_halves(threads, make_file, memory, monkeypatch):
+@pytest.mark.parametrize("min_mib", [10, 12])  # an odd and an even number of requests
+def test_mixed_moves_half_and_half_in_different_halves(threads, make_file, memory, monkeypatch, min_mib):
     file = make_file(threads)
     log = record(monkeypatch)
     runner = DriveRunner([file], memory, engine="threads", direct=True)
-    sample = runner.run(work("mixed"), min_s=0, min_nbytes=20 * MIB)
+    sample = runner.run(work("mixed"), min_s=0, min_nbytes=min_mib * MIB)
     del log.submitted[0]  # the read that sets up the engine
     assert log.nbytes("read") == log.nbytes("write") == sample.nbytes // 2
     half = file.nbytes // 2
@@ -108,6 +114,43 @@ def test_several_drives_move_at_once_and_stay_apart(engine, make_file, memory, p
         file.verify(memory)
 
 
+class FastLane:
+    """Has enough from the start, and counts how often it is told to go on."""
+
+    def __init__(self) -> None:
+        self.turns = 0
+        self.turned = threading.Event()
+
+    def is_content(self, min_s: float) -> bool:
+        return True
+
+    def transfer(self, go_on: Callable[[], bool]) -> None:
+        while go_on():
+            self.turns += 1
+            self.turned.set()
+
+
+class SlowLane:
+    """Has enough only after the fast one was told to go on."""
+
+    def __init__(self, fast: FastLane) -> None:
+        self.fast = fast
+        self.content = False
+
+    def is_content(self, min_s: float) -> bool:
+        return self.content
+
+    def transfer(self, go_on: Callable[[], bool]) -> None:
+        assert self.fast.turned.wait(timeout=20), "the fast drive did not go on for the slow one"
+        self.content = True
+
+
+def test_a_fast_drive_goes_on_until_the_slowest_has_enough():
+    fast = FastLane()
+    drives._drive([fast, SlowLane(fast)], min_s=0)
+    assert fast.turns >= 1
+
+
 def test_one_drive_of_several_can_be_measured(threads, make_file, memory):
     files = [make_file(threads, "a"), make_file(threads, "b", seed=2)]
     runner = DriveRunner(files, memory, engine="threads", direct=True)
@@ -128,15 +171,15 @@ def test_a_run_begins_where_the_last_one_ended(threads, make_file, memory, monke
     assert log.submitted[1][2] == last[2] + last[3]
 
 
-@pytest.mark.parametrize("drives", [(0,), (0, 1)])
-def test_a_read_run_notices_other_bytes(threads, make_file, drives):
+@pytest.mark.parametrize("which", [(0,), (0, 1)])
+def test_a_read_run_notices_other_bytes(threads, make_file, which):
     files = [make_file(threads, "a"), make_file(threads, "b", seed=2)]
     runner = DriveRunner(files, transfer_memory(16 * MIB), engine="threads", direct=True)
     fd = os.open(f"/proc/self/fd/{files[0]._cache_fd}", os.O_RDWR)
     os.pwrite(fd, bytes(8 * MIB), 0)
     os.close(fd)
     with pytest.raises(CorruptionError, match="other bytes than were written"):
-        runner.run(work("read", *drives), min_s=0)
+        runner.run(work("read", *which), min_s=0)
 
 
 def test_reads_that_bring_nothing_are_not_taken_for_good_ones(threads, make_file, memory, monkeypatch):
@@ -180,3 +223,32 @@ def test_transfer_memory_is_page_aligned():
     memory = transfer_memory(4 * MIB)
     assert memory.nbytes == 4 * MIB
     assert np.frombuffer(memory, dtype=np.uint8).ctypes.data % 4096 == 0
+
+
+@pytest.mark.parametrize("name", ["threads", "portable"])
+def test_buffered_reads_are_dropped_from_the_cache_as_they_arrive(make_file, memory, monkeypatch, name):
+    with open_engine(name, direct=False) as engine:
+        file = make_file(engine)
+        assert not file.file.direct
+        dropped = []
+        monkeypatch.setattr(
+            scratch.os, "posix_fadvise", lambda fd, offset, nbytes, advice: dropped.append((offset, nbytes))
+        )
+        log = record(monkeypatch)
+        runner = DriveRunner([file], memory, engine=name, direct=False)
+        runner.run(work("read"), min_s=0, min_nbytes=2 * file.nbytes)
+    reads = [(offset, nbytes) for _, _, offset, nbytes in log.submitted[1:]]
+    assert dropped == [*reads, (0, 0)]
+
+
+def test_buffered_runs_leave_nothing_in_the_cache(make_file, memory, tmp_path):
+    if mount_of(str(tmp_path)).file_system == "tmpfs":
+        pytest.skip("tmpfs is the cache")
+    with open_engine("portable") as engine:
+        file = make_file(engine)
+        runner = DriveRunner([file], memory, engine="portable", direct=True)
+        for pattern in ("read", "write", "mixed"):
+            runner.run(work(pattern), min_s=0)
+            with pytest.raises(BlockingIOError):
+                # Without waiting: what is in the cache would come at once.
+                os.preadv(file._cache_fd, [bytearray(4096)], 6 * MIB, os.RWF_NOWAIT)
