@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
-import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,10 +22,11 @@ from .codec import RecordFormat
 from .device import Device, open_device
 from .errors import ConfigError, StateError
 from .gradients import Gradients
+from .io_setting import choose_io_setting
 from .masters import Masters
 from .optim import StreamedAdamW, default_param_groups
 from .optim.updater import Updater
-from .options import RuntimeOptions, is_queue_depth, is_segment_size
+from .options import RuntimeOptions
 from .placeholders import placeholder, refuse_load_state_dict, refuse_state_dict, replace_parameters
 from .plan import MemoryPlan, plan_memory, shared_owners
 from .records import RecordSet, record_sets, store_records
@@ -35,7 +34,7 @@ from .residents import ResidentRecords
 from .rng import DeviceRng, capture_rng, restore_rng
 from .runtime import Committed, Parts, Runtime
 from .schedule import Schedule, completion_order
-from .sizes import MIB, format_bytes
+from .sizes import MIB
 from .sources import ModuleSource, WeightSource
 from .specs import Tier
 from .store import Store
@@ -44,20 +43,9 @@ from .trace import Tracer
 from .transfer import Transfer
 from .units import Unit, find_units
 
-# Empty when machine.json can be read; pydantic, which reads it, is not needed to attach a model.
-_no_machine: str = ""
-try:
-    from . import machine as _machine
-except ImportError as error:
-    _no_machine = str(error)
-
 __all__ = ["attach"]
 
 _log = logging.getLogger("offload")
-
-# Without a measurement: 32 operations of 1 MiB saturate the drives measured.
-DEFAULT_QUEUE_DEPTH = 32
-DEFAULT_SEGMENT_NBYTES = MIB
 
 # What saved inputs get at least when the user does not say: enough for 8 units of 2 x 256 x 1024 fp32.
 DEFAULT_ACTIVATIONS_NBYTES = 16 * MIB
@@ -279,8 +267,10 @@ def _open_store(
 ) -> Store | None:
     if not options.disk:
         return None
-    queue_depth, segment_nbytes = _io_setting(options)
-    engine = own(open_engine(options.io_engine, queue_depth=queue_depth, segment_nbytes=segment_nbytes))
+    setting = choose_io_setting(options)
+    engine = own(
+        open_engine(options.io_engine, queue_depth=setting.queue_depth, segment_nbytes=setting.segment_nbytes)
+    )
     specs = store_records(records)
     store: Store
     if options.resume:
@@ -300,52 +290,6 @@ def _open_store(
             )
         )
     return store
-
-
-def _io_setting(options: RuntimeOptions) -> tuple[int, int]:
-    """Return queue depth and segment size: those asked for, else measured ones, else the defaults.
-
-    No memory depends on them: segments are parts of the leases that requests read and write.
-    """
-    depth, segment_nbytes, origin = options.queue_depth, options.segment_nbytes, "as asked for"
-    if depth is None or segment_nbytes is None:
-        measured, origin = _measured_setting([os.fspath(path) for path in options.disk])
-        best_depth, best_segment = measured or (DEFAULT_QUEUE_DEPTH, DEFAULT_SEGMENT_NBYTES)
-        depth = best_depth if depth is None else depth
-        segment_nbytes = best_segment if segment_nbytes is None else segment_nbytes
-    _log.info("I/O setting: segments of %s, queue depth %d, %s", format_bytes(segment_nbytes), depth, origin)
-    return depth, segment_nbytes
-
-
-def _measured_setting(directories: Sequence[str]) -> tuple[tuple[int, int] | None, str]:
-    """Return (queue depth, segment size) of machine.json, None without, and where it comes from.
-
-    What is wrong with the file is a warning: a run must not fail over a figure that only helps it.
-    """
-    if _no_machine:
-        return None, f"the default, since machine.json cannot be read: {_no_machine}"
-    again = shlex.join(["offload", "bench", *directories])
-    try:
-        path = _machine.default_machine_path()
-        setting = _machine.load_machine(path).setting_for(_devices(directories))
-    except FileNotFoundError:
-        return None, f"the default; '{again}' measures the best one"
-    except RuntimeError as error:  # pathlib: no home directory, so no folder for machine.json
-        return None, f"the default, since machine.json has no place: {error}"
-    except (ConfigError, OSError) as error:
-        _log.warning("the measured I/O setting is not used: %s; '%s' mends it", error, again)
-        return None, "the default"
-    if setting is None:
-        return None, f"the default, since {path} does not hold these drives; '{again}' measures them"
-    if not (is_queue_depth(setting.queue_depth) and is_segment_size(setting.segment_nbytes)):
-        _log.warning("the measured I/O setting is not used: %s: %s; '%s' mends it", path, setting, again)
-        return None, "the default"
-    return (setting.queue_depth, setting.segment_nbytes), f"measured, from {path}"
-
-
-def _devices(directories: Sequence[str]) -> tuple[str, ...]:
-    numbers = [os.stat(directory).st_dev for directory in directories]
-    return tuple(f"{os.major(number)}:{os.minor(number)}" for number in numbers)
 
 
 def _check_same_records(store: Store, records: Mapping[str, RecordSet]) -> None:

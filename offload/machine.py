@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from .errors import ConfigError, StorageError
 
 __all__ = [
@@ -27,6 +25,7 @@ __all__ = [
     "Machine",
     "SharedSpeed",
     "default_machine_path",
+    "file_system_id",
     "load_machine",
     "save_machine",
 ]
@@ -56,7 +55,7 @@ class DriveSpeed:
 
     Attributes:
         path: the directory measured, absolute.
-        device: `major:minor` of the file system (st_dev): the drive it is recognised by.
+        device: what the file system is recognised by; see `file_system_id`.
         file_system: `ext4`, `xfs`, `tmpfs`, ...
         engine: the I/O engine it was measured with.
         direct: whether transfers bypassed the page cache (O_DIRECT).
@@ -146,7 +145,7 @@ class Machine:
     device: DeviceSpeed | None = None
 
     def setting_for(self, devices: tuple[str, ...]) -> IoSetting | None:
-        """Return the best setting for drives with these `major:minor`; None when one was not measured.
+        """Return the best setting for these `DriveSpeed.device`s; None when one was not measured.
 
         For several drives it is the one they were measured with together, when those are the same
         drives; else the one with the largest product of both numbers among theirs.
@@ -161,20 +160,47 @@ class Machine:
 
 
 def default_machine_path() -> Path:
-    """Return where `machine.json` is kept: `$OFFLOAD_MACHINE`, else the user's configuration folder."""
+    """Return where `machine.json` is kept: `$OFFLOAD_MACHINE`, else the user's configuration folder.
+
+    Raises:
+        ConfigError: there is no home directory, and no variable says where else.
+    """
     if named := os.environ.get(MACHINE_VARIABLE):
         return Path(named)
     folder = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(folder).expanduser() / "offload" / "machine.json"
+    try:
+        return Path(folder).expanduser() / "offload" / "machine.json"
+    except RuntimeError as error:
+        raise ConfigError(
+            f"no place for machine.json ({error}): name a file in the environment, as {MACHINE_VARIABLE}"
+        ) from error
+
+
+def file_system_id(directory: str | os.PathLike[str]) -> str:
+    """Return what tells the file system of `directory` from others, if possible across reboots.
+
+    It is `f_fsid` of statvfs, which ext4 and btrfs derive from the UUID; some file systems have the
+    device number there, and where it is zero the device number is what is returned.
+
+    Raises:
+        OSError: the directory is not there.
+    """
+    if fsid := os.statvfs(directory).f_fsid:
+        return f"fsid-{fsid:x}"
+    number = os.stat(directory).st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
 
 
 def load_machine(path: Path) -> Machine:
-    """Read a `machine.json`.
+    """Read a `machine.json`. Needs pydantic (`ImportError` without), unlike the rest of this module.
 
     Raises:
         FileNotFoundError: there is none.
         ConfigError: it is no machine file; names the key that is wrong.
     """
+    # Late: a model can be attached where pydantic is not installed.
+    from pydantic import TypeAdapter, ValidationError
+
     try:
         return TypeAdapter(Machine).validate_json(path.read_bytes(), strict=False)
     except ValidationError as error:

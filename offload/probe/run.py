@@ -13,7 +13,7 @@ import psutil
 
 from ..aio import native
 from ..errors import CapacityError, ConfigError
-from ..machine import file_system_id, DeviceSpeed, DriveSpeed, Machine, SharedSpeed
+from ..machine import DeviceSpeed, DriveSpeed, Machine, SharedSpeed, file_system_id
 from ..sizes import MIB
 from . import host
 from .copies import device_speed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,13 @@ import pytest
 import torch
 
 import offload
-from offload import compose
+from offload import compose, io_setting
 from offload.aio import open_engine
 from offload.errors import ConfigError
-from offload.machine import DriveSpeed, IoSetting, Machine, SharedSpeed, save_machine
+from offload.machine import DriveSpeed, IoSetting, Machine, SharedSpeed, file_system_id, save_machine
 
 MEASURED = IoSetting(segment_nbytes=256 << 10, queue_depth=3)
 SHARED = IoSetting(segment_nbytes=512 << 10, queue_depth=5)
-
-
-def device_of(path: Path) -> str:
-    number = path.stat().st_dev
-    return f"{os.major(number)}:{os.minor(number)}"
 
 
 def drive(path: Path, device: str, setting: IoSetting = MEASURED) -> DriveSpeed:
@@ -79,7 +74,7 @@ def opened_with(
 
 
 def test_a_measured_setting_is_used_and_logged_once(machine_path, tmp_path, monkeypatch, caplog) -> None:
-    save_machine(machine(drive(tmp_path, device_of(tmp_path))), machine_path)
+    save_machine(machine(drive(tmp_path, file_system_id(tmp_path))), machine_path)
     assert opened_with(monkeypatch, caplog, [tmp_path]) == (3, 256 << 10)
     said = [record for record in caplog.records if "I/O setting" in record.getMessage()]
     assert [record.levelno for record in said] == [logging.INFO]
@@ -89,7 +84,7 @@ def test_a_measured_setting_is_used_and_logged_once(machine_path, tmp_path, monk
 
 
 def test_explicit_options_win_each_for_itself(machine_path, tmp_path, monkeypatch, caplog) -> None:
-    save_machine(machine(drive(tmp_path, device_of(tmp_path))), machine_path)
+    save_machine(machine(drive(tmp_path, file_system_id(tmp_path))), machine_path)
     assert opened_with(monkeypatch, caplog, [tmp_path], queue_depth=7) == (7, 256 << 10)
     assert opened_with(monkeypatch, caplog, [tmp_path], segment_nbytes="64KiB") == (3, 64 << 10)
     both = {"queue_depth": 9, "segment_nbytes": 8192}
@@ -115,9 +110,9 @@ def test_several_drives_get_the_setting_measured_together(machine_path, tmp_path
     folders = [tmp_path / "a", tmp_path / "b"]
     together = SharedSpeed(setting=SHARED, read_bytes_per_s=4e9, write_bytes_per_s=2e9)
     save_machine(machine(drive(folders[0], "1:1"), drive(folders[1], "2:2"), together=together), machine_path)
-    monkeypatch.setattr(compose, "_devices", lambda _: ("1:1", "2:2"))
+    monkeypatch.setattr(io_setting, "file_system_id", lambda path: {"a": "1:1", "b": "2:2"}[Path(path).name])
     options = offload.RuntimeOptions(disk=folders)
-    assert compose._io_setting(options) == (5, 512 << 10)
+    assert io_setting.choose_io_setting(options) == SHARED
 
 
 @pytest.mark.parametrize(
@@ -154,7 +149,7 @@ def test_a_broken_file_is_a_warning_that_says_how_to_mend_it(
 def test_a_setting_that_no_engine_takes_is_a_warning(
     machine_path, tmp_path, monkeypatch, caplog, setting
 ) -> None:
-    save_machine(machine(replace(drive(tmp_path, device_of(tmp_path)), setting=setting)), machine_path)
+    save_machine(machine(replace(drive(tmp_path, file_system_id(tmp_path)), setting=setting)), machine_path)
     assert opened_with(monkeypatch, caplog, [tmp_path]) == (32, 1 << 20)
     assert "is not used" in caplog.text and str(machine_path) in caplog.text
 
@@ -166,21 +161,23 @@ def test_a_directory_in_place_of_the_file_is_a_warning(machine_path, tmp_path, m
 
 
 def test_no_home_directory_is_no_reason_to_stop(tmp_path, monkeypatch, caplog) -> None:
-    def no_home() -> Path:
+    def no_home(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(compose._machine, "default_machine_path", no_home)
+    monkeypatch.delenv("OFFLOAD_MACHINE")
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
     assert opened_with(monkeypatch, caplog, [tmp_path]) == (32, 1 << 20)
-    assert "has no place" in caplog.text
+    assert "no place for machine.json" in caplog.text
 
 
 def test_without_pydantic_the_defaults_are_used_and_the_reason_logged(
     machine_path, tmp_path, monkeypatch, caplog
 ) -> None:
-    save_machine(machine(drive(tmp_path, device_of(tmp_path))), machine_path)
-    monkeypatch.setattr(compose, "_no_machine", "No module named 'pydantic'")
+    save_machine(machine(drive(tmp_path, file_system_id(tmp_path))), machine_path)
+    monkeypatch.setitem(sys.modules, "pydantic", None)  # what an import of what is not there meets
     assert opened_with(monkeypatch, caplog, [tmp_path]) == (32, 1 << 20)
-    assert "machine.json cannot be read: No module named 'pydantic'" in caplog.text
+    assert "machine.json cannot be read: import of pydantic" in caplog.text
 
 
 @pytest.mark.parametrize(

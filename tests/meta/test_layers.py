@@ -48,6 +48,7 @@ LAYERS = (
     "stream",
     "optim",
     "options",
+    "io_setting",
     "shards",
     "checkpoint",  # runtime exports through it
     "runtime",

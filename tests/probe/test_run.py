@@ -13,7 +13,7 @@ import pytest
 
 from offload.aio import probe_engines
 from offload.errors import ConfigError, DiskFullError, PlanError, StorageError
-from offload.machine import IoSetting
+from offload.machine import IoSetting, file_system_id
 from offload.probe import run
 from offload.probe.results import BenchResult
 from offload.probe.run import BenchOptions, run_bench
@@ -73,7 +73,7 @@ def test_everything_of_one_drive(tmp_path, engine):
     assert speed.setting == SMALL
     assert speed.read_bytes_per_s > 0 and speed.write_bytes_per_s > 0
     assert speed.mixed_bytes_per_s is not None
-    assert result.machine.setting_for((drive.device,)) == SMALL
+    assert result.machine.setting_for((file_system_id(drive.path),)) == SMALL
     assert result.machine.together is None
     assert list(tmp_path.iterdir()) == []
 
@@ -125,6 +125,12 @@ def test_without_writes_no_setting_is_kept(tmp_path):
     result = run_bench([str(tmp_path)], toy(patterns=("read",), latency=False))
     assert result.machine.drives == ()
     assert any("both reads and writes" in note for note in result.notes)
+
+
+def test_the_whole_file_is_read_back_at_the_end(tmp_path):
+    # Nothing else reads: what was verified is the file, once.
+    result = run_bench([str(tmp_path)], toy(patterns=("write",), latency=False))
+    assert result.drives[0].verified_nbytes == result.drives[0].file_nbytes
 
 
 def test_a_long_write_is_a_curve(tmp_path):
