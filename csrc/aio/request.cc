@@ -59,10 +59,12 @@ void Request::finish() noexcept {
   finished_at_ = std::chrono::steady_clock::now();
   if (op_ == Op::kRead && nbytes_ != 0) pin_.file().drop_cache(offset_, nbytes_);
   keeper_.reset();
-  pin_.release();
-  const std::lock_guard lock(mutex_);
-  done_.store(true, std::memory_order_release);
-  finished_.notify_all();
+  {
+    const std::lock_guard lock(mutex_);
+    done_.store(true, std::memory_order_release);
+    finished_.notify_all();
+  }
+  pin_.release();  // last: who has closed the file finds every request on it done
 }
 
 Piece next_piece(const DirectLimits& limits, uint64_t offset, uintptr_t address, uint64_t nbytes,

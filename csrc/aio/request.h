@@ -53,7 +53,7 @@ class Request {
  private:
   friend class SegmentQueue;
 
-  // Give memory and file back, then wake the waiters. Once.
+  // Give the memory back, wake the waiters, then let go of the file. Once.
   void finish() noexcept;
 
   void check_process() const;

@@ -82,6 +82,8 @@ class Request(Protocol):
     def wait(self, timeout_s: float | None = None) -> int:
         """Block until every byte has been transferred and return how many that are.
 
+        From the first wait on, however short, the request goes before those that nobody waited for.
+
         Raises:
             StorageError: the transfer failed; it carries errno, path, offset, asked and got. Every
                 later wait raises it again. `DiskFullError` for ENOSPC and EDQUOT.
@@ -96,8 +98,8 @@ class Request(Protocol):
         """Give up what has not begun; return whether there was any.
 
         The request then ends when its segments in flight have, and every wait raises `StorageError`
-        with errno ECANCELED and the bytes transferred before the first gap. Of a cancelled write any
-        part may have reached the file.
+        with the bytes transferred before the first gap: with errno ECANCELED, unless a segment that had
+        begun fails as well. Of a cancelled write any part may have reached the file.
         """
 
     @property
