@@ -30,6 +30,11 @@ test: setup ## Run the tests, the slow ones aside
 soak: setup ## Run the slow tests: real kills, large models, long runs, and copies as late as a GPU's
 	$(BIN)/python -m pytest -m slow --timeout=3600 $(ARGS)
 	OFFLOAD_DEBUG=1 $(BIN)/python -m pytest tests/runtime tests/test_device.py tests/test_buffers.py
+	$(BIN)/python scripts/sanitize.py --operations 100000
+
+.PHONY: sanitize
+sanitize: setup ## Run the I/O engine's tests and a stress under ASan, UBSan and TSan (minutes)
+	$(BIN)/python scripts/sanitize.py
 
 .PHONY: check
 check: setup ## Lint, formatting and types, of Python and C++
