@@ -48,6 +48,7 @@ class FakeTorch:
         """Whatever comes next begins after all that was."""
         for stream in self.streams:
             stream.at_ms = max(other.at_ms for other in self.streams)
+            stream.idle = True
 
     @contextmanager
     def stream(self, stream: Stream) -> Any:
@@ -59,6 +60,7 @@ class FakeTorch:
 class Stream:
     def __init__(self) -> None:
         self.at_ms = 0.0
+        self.idle = True
 
     def wait_event(self, event: Event) -> None:
         self.at_ms = max(self.at_ms, event.at_ms)
@@ -70,6 +72,8 @@ class Event:
         self.at_ms = -1.0
 
     def record(self, stream: Stream) -> None:
+        # A stream that slept takes a moment: another must wait for it, to begin at the same time.
+        stream.at_ms += 1.0 if stream.idle else 0.0
         self.at_ms = stream.at_ms
 
     def elapsed_time(self, end: Event) -> float:
@@ -91,6 +95,7 @@ class Tensor:
             self.torch.host_s += 4 * milliseconds / 1e3
         else:
             self.torch.current.at_ms += milliseconds
+            self.torch.current.idle = False
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from engine_doubles import record
 
 from offload.errors import CorruptionError, PlanError
 from offload.machine import IoSetting
+from offload.probe import latency
 from offload.probe.drives import DriveRunner
 from offload.probe.latency import can_time_operations, time_operations
 from offload.probe.results import LatencySummary, Workload, percentile
@@ -82,3 +83,17 @@ def test_percentiles_are_by_nearest_rank():
 def test_the_last_percentile_of_few_operations_is_the_slowest():
     summary = LatencySummary.of([0.003, 0.001, 0.002])
     assert (summary.p50_s, summary.p999_s, summary.max_s, summary.num_operations) == (0.002, 0.003, 0.003, 3)
+
+
+def test_a_place_in_flight_is_passed_over(threads, make_file, memory, monkeypatch):
+    places = [
+        ("write", 0),
+        ("write", 0),
+        ("write", 64 * KIB),
+        *(("write", n * 64 * KIB) for n in range(2, 99)),
+    ]
+    monkeypatch.setattr(latency, "_places", lambda workload, file_nbytes, seed: iter(places))
+    log = record(monkeypatch)
+    runner = DriveRunner([make_file(threads)], memory, engine="threads", direct=True)
+    time_operations(runner, work("write", 64 * KIB, depth=2), min_s=0)
+    assert [offset for _, _, offset, _ in log.submitted[1:3]] == [0, 64 * KIB]
