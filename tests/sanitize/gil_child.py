@@ -101,7 +101,7 @@ def drop_engine(stage: Stage) -> None:
 
 CASES: dict[str, Case] = {
     "open": (lambda stage: stage.hold("openat"), lambda stage: stage.engine.open(stage.path, "r+")),
-    "size_nbytes": (lambda stage: stage.hold("newfstatat"), size_nbytes),
+    "size_nbytes": (lambda stage: stage.hold("newfstatat", "fstat"), size_nbytes),
     "allocate": (lambda stage: stage.hold("fallocate"), lambda stage: stage.file.allocate(100_000)),
     "sync": (lambda stage: stage.hold("fdatasync"), lambda stage: stage.engine.sync(stage.file)),
     "file.close": (lambda stage: stage.hold("close"), lambda stage: stage.file.close()),
