@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +18,7 @@ from offload.machine import (
     Machine,
     SharedSpeed,
     default_machine_path,
+    file_system_id,
     load_machine,
     save_machine,
 )
@@ -141,3 +144,27 @@ def test_without_the_variable_it_is_in_the_configuration_folder(monkeypatch):
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert default_machine_path() == Path("/home/me/.config/offload/machine.json")
+
+
+def test_without_a_home_directory_the_variable_is_named(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(MACHINE_VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(ConfigError, match=f"no place for machine.json .*{MACHINE_VARIABLE}"):
+        default_machine_path()
+
+
+def test_a_file_system_is_recognised_in_each_of_its_folders(tmp_path):
+    (tmp_path / "inner").mkdir()
+    assert file_system_id(tmp_path) == file_system_id(tmp_path / "inner")
+
+
+def test_a_file_system_without_an_id_of_its_own_is_known_by_its_device_number(tmp_path, monkeypatch):
+    number = tmp_path.stat().st_dev
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_fsid=0))
+    assert file_system_id(tmp_path) == f"{os.major(number)}:{os.minor(number)}"
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_fsid=0xE2CA))
+    assert file_system_id(tmp_path) == "fsid-e2ca"
