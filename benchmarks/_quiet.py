@@ -18,8 +18,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -32,6 +33,8 @@ __all__ = ["quiet_disk"]
 _OVERHEAD_NBYTES = 160 * MIB
 # Left to the machine, beside the disk: the contenders' buffers, and the other programs.
 _SPARE_NBYTES = 2 * GIB
+# How long an umount may find the disk busy.
+_BUSY_S = 20.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TOOLS = ("losetup", "mkfs.ext4", "mount", "umount")
 
@@ -47,11 +50,11 @@ def quiet_disk(nbytes: int) -> Iterator[Path]:
     _require(nbytes)
     with _Interrupts() as interrupts, ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="offload-quiet-"))
-        stack.callback(directory.rmdir)
+        stack.callback(_remove, directory)
         memory, disk = directory / "memory", directory / "disk"
         for mount_point in (memory, disk):
             mount_point.mkdir()
-            stack.callback(mount_point.rmdir)
+            stack.callback(_remove, mount_point)
         size_nbytes = nbytes + _OVERHEAD_NBYTES
         _mount(stack, memory, "-t", "tmpfs", "-o", f"size={size_nbytes + 16 * MIB},mode=700", "tmpfs")
         image = memory / "image"
@@ -86,7 +89,27 @@ def _require(nbytes: int) -> None:
 
 def _mount(stack: ExitStack, mount_point: Path, *arguments: str) -> None:
     _run("mount", *arguments, str(mount_point))
-    stack.callback(_run, "umount", str(mount_point))
+    stack.callback(_unmount, mount_point)
+
+
+def _unmount(mount_point: Path) -> None:
+    # The kernel lets go of the files of an io_uring (fio's, with registered files) a while after its
+    # process has ended; until then the disk is busy.
+    give_up_s = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            _run("umount", str(mount_point))
+            return
+        except ConfigError as error:
+            if "busy" not in str(error) or time.monotonic() > give_up_s:
+                raise
+        time.sleep(0.05)
+
+
+def _remove(directory: Path) -> None:
+    # Not empty, or a mount point still: then what failed to unmount has said so, and that is the error.
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def _run(*command: str) -> str:

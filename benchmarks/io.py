@@ -111,8 +111,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory(dir=args.disk, prefix="offload-io-") as folder:
             _measure(bench, Path(folder), cells, parts, judged=False)
     if args.quiet:
-        room_nbytes = bench.file_nbytes * (PEER_COPIES if "peers" in parts else 2) // 2
-        with quiet_disk(max(room_nbytes, bench.file_nbytes)) as directory:
+        with quiet_disk(_room_nbytes(file_nbytes, parts)) as directory:
             _measure(dataclasses.replace(bench, place="quiet disk"), directory, cells, parts, judged=True)
     return report.finish(args.save)
 
@@ -125,6 +124,12 @@ def _parts(args: argparse.Namespace) -> frozenset[str]:
     if args.without_fio:
         wanted.discard("fixed")
     return frozenset(wanted)
+
+
+def _room_nbytes(file_nbytes: int, parts: frozenset[str]) -> int:
+    """Return what the file and the largest of the parts' own files need at once."""
+    peers_nbytes = PEER_COPIES * file_nbytes // 2 if "peers" in parts else 0
+    return file_nbytes + max(peers_nbytes, file_nbytes if "gil" in parts else 0)
 
 
 def _measure(
@@ -140,11 +145,13 @@ def _measure(
         measure_blocks(bench, file)
     if "fixed" in parts:
         measure_fixed(bench, file)
-    if "two" in parts and judged:  # a second drive is at hand only where it is made
+    if "two" in parts and not judged:
+        bench.report.say(f"{bench.place}: one directory only; two at once are measured with --quiet.")
+        bench.report.say()
+    elif "two" in parts:
         with quiet_disk(bench.file_nbytes) as other:
             fill_file(other / FILE, bench.file_nbytes)
             measure_two(bench, [file, other / FILE], judged=judged)
-    file.unlink()
     if "gil" in parts:
         measure_gil(bench, directory / "burst")
     if "peers" in parts:

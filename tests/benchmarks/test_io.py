@@ -312,6 +312,25 @@ def test_a_signal_while_the_quiet_disk_is_made_waits_until_it_can_be_taken_down(
     assert not any(tmp_path.iterdir())
 
 
+def test_quiet_disk_that_is_busy_for_a_while_is_taken_down(
+    quiet: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, files = quiet._run, []
+
+    def closing(*command: str) -> str:
+        try:
+            return run(*command)
+        except ConfigError:
+            files.pop().close()
+            raise
+
+    monkeypatch.setattr(quiet, "_run", closing)
+    with quiet.quiet_disk(MIB) as disk:
+        files.append((disk / "file").open("xb"))
+    assert not files and not list(mounts_below(tmp_path))
+    assert not any(tmp_path.iterdir())
+
+
 def test_quiet_disk_says_which_command_failed_and_leaves_nothing(
     quiet: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
