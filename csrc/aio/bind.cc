@@ -56,6 +56,13 @@ bool wait_interruptibly(std::optional<double> timeout_s, Step step) {
 class PyFile {
  public:
   explicit PyFile(std::shared_ptr<File> file) noexcept : file_(std::move(file)) {}
+  PyFile(PyFile&&) noexcept = default;
+  PyFile& operator=(PyFile&&) = delete;
+  ~PyFile() noexcept {
+    if (!file_) return;
+    const py::gil_scoped_release no_gil;  // the last owner closes the descriptors
+    file_.reset();
+  }
 
   const std::shared_ptr<File>& file() const noexcept { return file_; }
 
@@ -245,12 +252,18 @@ class PyEngine {
   }
 
  private:
-  // Shared, so that close() does not pull the engine from under another thread's submit(). In a
-  // forked child the threads to join do not exist: there the engine is left alone.
+  // Shared, so that close() does not pull the engine from under another thread's submit(), which
+  // may then be the last owner and hold the GIL. In a forked child the threads to join do not
+  // exist: there the engine is left alone.
   static std::shared_ptr<Engine> owned(std::unique_ptr<Engine> engine) {
     return {engine.release(), [](Engine* last) {
               std::unique_ptr<Engine> owner(last);
-              if (owner->forked()) (void)owner.release();
+              if (owner->forked()) {
+                (void)owner.release();
+              } else if (PyGILState_Check() != 0) {
+                const py::gil_scoped_release no_gil;
+                owner.reset();
+              }
             }};
   }
 
@@ -295,7 +308,10 @@ PYBIND11_MODULE(_aio, m) {
       .def_property_readonly("direct",
                              [](const PyFile& self) { return self.file()->limits().usable; })
       .def_property_readonly("size_nbytes",
-                             [](const PyFile& self) { return size_nbytes(self.file()); })
+                             [](const PyFile& self) {
+                               const py::gil_scoped_release no_gil;
+                               return size_nbytes(self.file());
+                             })
       .def(
           "allocate", [](const PyFile& self, uint64_t nbytes) { allocate(self.file(), nbytes); },
           py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())

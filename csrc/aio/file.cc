@@ -123,8 +123,10 @@ bool File::close(std::chrono::nanoseconds timeout) {
   std::unique_lock lock(mutex_);
   closed_ = true;
   if (!unpinned_.wait_for(lock, timeout, [this] { return num_pins_ == 0; })) return false;
-  direct_.reset();
-  buffered_.reset();
+  // Closed without the lock: the last close of an unlinked file frees all of its blocks.
+  const UniqueFd direct = std::move(direct_);
+  const UniqueFd buffered = std::move(buffered_);
+  lock.unlock();
   return true;
 }
 

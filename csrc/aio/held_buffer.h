@@ -2,6 +2,7 @@
 #pragma once
 
 #include <Python.h>
+#include <unistd.h>
 
 #include <memory>
 #include <mutex>
@@ -35,7 +36,9 @@ class ReleaseList {
   }
 
   // Release all of them. With the GIL; runs Python code when an export was an object's last owner.
+  // Not in a forked child: an I/O thread may have held the lock when it was made.
   void release_all() noexcept {
+    if (::getpid() != owner_) return;
     while (std::unique_ptr<HeldBuffer> buffer = pop()) PyBuffer_Release(&buffer->view);
   }
 
@@ -47,6 +50,7 @@ class ReleaseList {
     return first;
   }
 
+  const pid_t owner_ = ::getpid();
   std::mutex mutex_;
   std::unique_ptr<HeldBuffer> head_;
 };

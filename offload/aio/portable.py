@@ -63,9 +63,11 @@ class PortableRequest(Transfer):
     def wait(self, timeout_s: float | None = None) -> int:
         if timeout_s is not None and math.isnan(timeout_s):
             raise ValueError("timeout_s is not a number")
-        if not self._future.done():
+        if not self.done():
             self._check_process()
             self._engine.expedite(self)
+        if self._is_forked():
+            return self._result()
         try:
             return self._future.result(
                 None if timeout_s is None else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)
@@ -80,10 +82,10 @@ class PortableRequest(Transfer):
             ) from None
 
     def done(self) -> bool:
-        return self._future.done()
+        return self._finished_s is not None if self._is_forked() else self._future.done()
 
     def cancel(self) -> bool:
-        if self._future.done():
+        if self.done():
             return False
         self._check_process()
         return self._engine.cancel(self)
@@ -103,8 +105,18 @@ class PortableRequest(Transfer):
         else:
             self._future.set_result(outcome)
 
+    def _is_forked(self) -> bool:
+        """Whether this is a child, where a thread of the parent may hold the future's lock for ever."""
+        return os.getpid() != self._pid
+
+    def _result(self) -> int:
+        outcome = self.outcome()
+        if isinstance(outcome, StorageError):
+            raise outcome
+        return outcome
+
     def _check_process(self) -> None:
-        if os.getpid() != self._pid:
+        if self._is_forked():
             raise StateError("this request was submitted by the parent of this process; wait for it there")
 
 
@@ -127,6 +139,7 @@ class PortableEngine:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
+        self._ending = threading.Lock()  # held by the one of several closers that takes it all down
         self._closed = False
         self._pool = concurrent.futures.ThreadPoolExecutor(
             min(threads, queue_depth), thread_name_prefix="offload-portable"
@@ -147,6 +160,7 @@ class PortableEngine:
     ) -> PortableRequest:
         if not isinstance(file, PortableFile):
             raise TypeError(f"the portable engine takes the files it opened, not {type(file).__name__}")
+        self._check_usable()  # before the lock too, which a fork may have left taken
         memory = checked_memory(op, buffer, file_offset, nbytes)
         if op == "write" and not file.writable:
             raise StateError(f"{file.path} is open for reading; open it with mode 'r+' to write")
@@ -185,11 +199,12 @@ class PortableEngine:
         with self._lock:
             self._closed = True
             self._idle.wait_for(lambda: self._queue.num_open == 0)
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-        self._loop.close()
-        self._pool.shutdown()
+        with self._ending:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
+                self._pool.shutdown()
 
     def __enter__(self) -> Self:
         return self

@@ -24,22 +24,6 @@ ENGINES = ("uring", "threads", "portable")
 # with a chance for it to come back each time, it is where it stays.
 NUM_TICKS = 50
 
-# Calls of the native engines that do keep the interpreter, and where.
-KEEPS_THE_INTERPRETER = {
-    "size_nbytes": "size_nbytes calls fstat with the interpreter held",
-    "file dropped": "the destructor of a File calls close with the interpreter held",
-    "size_nbytes while closing": "close is called under the File's lock, and size_nbytes waits for that",
-}
-
-
-def expect_what_is_known(request: pytest.FixtureRequest, engine: str, case: str) -> float:
-    """Mark a case that is known to fail; return how long to wait for the child."""
-    reason = KEEPS_THE_INTERPRETER.get(case)
-    if reason is None or engine == "portable":
-        return PATIENCE_S
-    request.applymarker(pytest.mark.xfail(raises=Stuck, strict=True, reason=reason))
-    return 1.5
-
 
 @contextmanager
 def child(engine: str, case: str, folder: Path, patience_s: float = PATIENCE_S) -> Iterator[HeldChild]:
@@ -61,10 +45,8 @@ def child(engine: str, case: str, folder: Path, patience_s: float = PATIENCE_S) 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", ["open", "size_nbytes", "allocate", "sync", "file.close", "file dropped"])
-def test_python_runs_while_a_call_is_in_the_kernel(
-    engine: str, case: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    with child(engine, case, tmp_path, expect_what_is_known(request, engine, case)) as held:
+def test_python_runs_while_a_call_is_in_the_kernel(engine: str, case: str, tmp_path: Path) -> None:
+    with child(engine, case, tmp_path) as held:
         held.held()
         assert held.heard_from_any() == "inside"
         assert held.tick() == "during"
@@ -119,10 +101,8 @@ def test_a_call_returns_while_a_transfer_hangs(engine: str, case: str, tmp_path:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", ["size_nbytes while closing", "submit while closing"])
-def test_python_runs_while_another_thread_closes_the_file(
-    engine: str, case: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    with child(engine, case, tmp_path, expect_what_is_known(request, engine, case)) as held:
+def test_python_runs_while_another_thread_closes_the_file(engine: str, case: str, tmp_path: Path) -> None:
+    with child(engine, case, tmp_path) as held:
         assert held.heard() == "wait"
         held.held()
         held.tell("go")

@@ -66,9 +66,8 @@ class Round:
         self.shared: list[File] = [self.engine.open(path, "r+") for path in paths]
         self.may_end = threading.Event()
         self.ending = rng.choice(["close", "close", "two closers", "drop"])
-        if name == "portable":
-            # Its loop refers to it until it is closed, and two threads at once may not do that.
-            self.ending = "close"
+        if name == "portable" and self.ending == "drop":
+            self.ending = "close"  # its loop refers to it until it is closed
 
     def end(self) -> None:
         """Close the engine, or let it go, with whatever is in flight."""
