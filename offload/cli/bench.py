@@ -25,7 +25,7 @@ from ..sizes import parse_bytes
 
 if TYPE_CHECKING:
     from ..probe.options import BenchOptions
-    from ..probe.results import Pattern
+    from ..probe.results import BenchResult, Pattern
     from ..report.outputs import Outputs
 
 __all__ = ["bench_command", "parse_seconds"]
@@ -219,7 +219,7 @@ def _run(
     from ..report.sections import sections_of
     from ..report.terminal import print_sections
 
-    with _progress(sys.stderr.isatty() and not quiet) as progress, _fewer_messages(debug):
+    with _progress(sys.stderr.isatty() and not quiet) as progress, _fewer_messages("offload.aio", debug):
         result = run_bench(directories, options, progress)
     if json_alone:
         sys.stdout.write(to_json(result))
@@ -228,6 +228,8 @@ def _run(
     # The setting first: a full disk under a picture must not cost the measurement.
     last = keep_machine(result, outputs)
     write_files(result, outputs)
+    if outputs.plot is not None:
+        _plot_writer()(result, outputs.plot)
     if not (json_alone or quiet):
         typer.echo()
     if not (json_alone and quiet):
@@ -258,9 +260,9 @@ def _progress(terminal: bool) -> Iterator[Callable[[float, str], None] | None]:
 
 
 @contextlib.contextmanager
-def _fewer_messages(debug: bool) -> Iterator[None]:
-    """Hold back the engine's messages, one for each depth: the table names the engine and why."""
-    logger = logging.getLogger("offload.aio")
+def _fewer_messages(name: str, debug: bool) -> Iterator[None]:
+    """Hold back a logger's messages: the engine's come for each depth, and the table says it once."""
+    logger = logging.getLogger(name)
     level = logger.level
     if not debug:
         logger.setLevel(logging.ERROR)
@@ -363,6 +365,9 @@ def _outputs(
         raise ConfigError(f"{twice[0]} is named for two outputs; give each a file of its own")
     if plot is not None and Path(plot).suffix.lower() not in (".html", ".svg"):
         raise ConfigError(f"--plot: {plot} is neither .html nor .svg")
+    if plot is not None:
+        # Now, since a missing package must not be told after minutes of measuring.
+        _plot_writer()
     if machine is not None and no_machine:
         raise ConfigError("--machine and --no-machine exclude each other")
     unkept = "--no-machine" if no_machine else _partial(options, named=machine is not None)
@@ -376,6 +381,19 @@ def _outputs(
         machine=path,
         unkept=unkept,
     )
+
+
+def _plot_writer() -> Callable[[BenchResult, Path], None]:
+    """Return what writes the picture; matplotlib is imported here and nowhere else."""
+    try:
+        # It remarks on a home that it cannot write to, and on its font cache; it does without both.
+        with _fewer_messages("matplotlib", debug=False):
+            from ..report.page import write_plot
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise ConfigError("--plot needs matplotlib: python3 -m pip install 'offload[plot]'") from error
+    return write_plot
 
 
 def _check_file(option: str, path: Path) -> None:

@@ -1,6 +1,7 @@
-"""The files a bench leaves: JSON, Markdown, a picture, and the machine that later runs read.
+"""The files a bench leaves: JSON, Markdown, and the machine that later runs read.
 
 Writes what it is told to, where it is told to; whether that makes sense was checked before the bench.
+The picture is written by `page`, which needs matplotlib.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from ..machine import MACHINE_VARIABLE, default_machine_path, load_machine, save
 from ..probe.results import BenchResult
 from .document import to_json
 from .markdown import to_markdown
-from .page import render_html, render_svg
 from .sections import best_setting, drive_groups, format_setting, group_title, sections_of
 
-__all__ = ["Outputs", "keep_machine", "write_files"]
+__all__ = ["Outputs", "keep_machine", "write_files", "write_text"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,18 +39,15 @@ class Outputs:
 
 
 def write_files(result: BenchResult, outputs: Outputs) -> None:
-    """Write every form that is asked for, over what was there.
+    """Write the JSON and the Markdown that are asked for, over what was there.
 
     Raises:
         StorageError: a file cannot be written.
     """
     if outputs.json is not None:
-        _write(outputs.json, to_json(result))
+        write_text(outputs.json, to_json(result))
     if outputs.markdown is not None:
-        _write(outputs.markdown, to_markdown("offload bench", sections_of(result)))
-    if outputs.plot is not None:
-        render = render_svg if outputs.plot.suffix.lower() == ".svg" else render_html
-        _write(outputs.plot, render(result))
+        write_text(outputs.markdown, to_markdown("offload bench", sections_of(result)))
 
 
 def keep_machine(result: BenchResult, outputs: Outputs) -> str:
@@ -69,6 +66,20 @@ def keep_machine(result: BenchResult, outputs: Outputs) -> str:
     forgotten = _forgotten(result, outputs.machine)
     save_machine(result.machine, outputs.machine)
     return f"{text} Kept in {outputs.machine}{_use(outputs.machine)}.{forgotten}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` over what was at `path`.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}", errno=error.errno or 0, path=str(path)
+        ) from error
 
 
 def _use(path: Path) -> str:
@@ -90,12 +101,3 @@ def _forgotten(result: BenchResult, path: Path) -> str:
     if not lost:
         return ""
     return f" It replaces what was kept of {', '.join(lost)}: measure all drives of your runs in one call."
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}", errno=error.errno or 0, path=str(path)
-        ) from error

@@ -1,20 +1,28 @@
 """A bench as one picture or page that needs nothing else: inline SVG, its own style, no scripts.
 
-`render_html` adds every figure of the tables below the charts; `render_svg` is the charts alone with
-their captions, to put into a document. Both follow the reader's light or dark setting. Templates lie in
-`templates/` and escape all text that goes into them.
+`render_html` adds every figure of the tables below the charts and follows the reader's light or dark
+setting; `render_svg` is the charts alone with their captions, without a background, to put into a
+document. The template escapes all text that goes into it, and matplotlib does in the charts.
+
+Needs the extra `plot`: import it only when a picture is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import SubFigure
 
 from ..probe.results import BenchResult, Pattern
 from ..sizes import format_bytes, format_rate
-from .charts import Chart, bandwidth_chart, latency_chart, sustained_chart
+from .charts import Chart, bandwidth_chart, latency_chart, sustained_chart, to_svg
+from .outputs import write_text
 from .sections import (
     bandwidth_cells,
     best_setting,
@@ -26,7 +34,7 @@ from .sections import (
     sections_of,
 )
 
-__all__ = ["render_html", "render_svg"]
+__all__ = ["render_html", "render_svg", "write_plot"]
 
 PATTERNS: tuple[tuple[Pattern, str], ...] = (
     ("read", "Read"),
@@ -34,17 +42,12 @@ PATTERNS: tuple[tuple[Pattern, str], ...] = (
     ("mixed", "Both at once, sum"),
 )
 
-# Of the charts of one row, by how many there are; with gaps of 20 they fill 940.
-PANEL_WIDTHS = {1: 460, 2: 460, 3: 300}
+# Where a caption breaks: 8.5 points on the width of a chart.
+CAPTION_CHARACTERS = 132
+LINE_HEIGHT = 16
 
-# Of the picture without a page around it, in pixels.
-SVG_WIDTH = 1000
-SVG_MARGIN = 30
-ROW_GAP = 16
-# A heading with its caption of one line each, and the space above them.
-HEADING_HEIGHT = 78
-# Where a caption breaks: 13 px text on 940 px.
-CAPTION_CHARACTERS = 138
+# What matplotlib calls its groups. Nothing refers to them, and in a page they would stand more than once.
+_GROUP_ID = re.compile(r' id="[a-z0-9.]+_[0-9]+"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,35 +58,37 @@ class _Figure:
         title: heading.
         facts: the caption, without which figures mean little.
         headline: (label, figure) pairs to be read first.
-        rows: charts side by side, in rows.
+        charts: one below the other.
     """
 
     title: str
     facts: tuple[str, ...]
     headline: tuple[tuple[str, str], ...]
-    rows: tuple[tuple[Chart, ...], ...]
+    charts: tuple[Chart, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """Something at a place of the bare picture: a chart, or a line of text of a `kind`."""
+def write_plot(result: BenchResult, path: Path) -> None:
+    """Write a picture if `path` ends in `.svg`, else a page, over what was there.
 
-    x: int
-    y: int
-    chart: Chart | None = None
-    text: str = ""
-    kind: str = ""
+    Raises:
+        StorageError: it cannot be written.
+    """
+    render = render_svg if path.suffix.lower() == ".svg" else render_html
+    write_text(path, render(result))
 
 
 def render_html(result: BenchResult) -> str:
     """Return a page with every chart and every figure."""
+    figures = list(_figures(result))
     return (
         _environment()
         .get_template("bench.html")
         .render(
             title="offload bench: " + ", ".join(drive.path for drive in result.drives),
             host=_host_line(result),
-            figures=list(_figures(result)),
+            figures=[
+                (figure, [_inline(chart, figure.title) for chart in figure.charts]) for figure in figures
+            ],
             sections=sections_of(result),
             notes=result.notes,
         )
@@ -92,25 +97,33 @@ def render_html(result: BenchResult) -> str:
 
 def render_svg(result: BenchResult) -> str:
     """Return the charts as one SVG picture."""
-    placed: list[_Placed] = []
-    y = _place_text(placed, 44, "offload bench", "page-title")
-    y = _place_text(placed, y + 4, _host_line(result), "caption")
+    charts = [_words("offload bench", [_host_line(result)], size=16)]
     for figure in _figures(result):
-        y = _place_text(placed, y + 36, figure.title, "heading")
         headline = "; ".join(f"{label} {value}" for label, value in figure.headline)
-        for line in _wrap(". ".join(part for part in (headline, ", ".join(figure.facts)) if part)):
-            y = _place_text(placed, y, line, "caption")
-        for row in figure.rows:
-            x = SVG_MARGIN
-            for chart in row:
-                placed.append(_Placed(x, y, chart=chart))
-                x += chart.width + 20
-            y += max(chart.height for chart in row) + ROW_GAP
-    for note in result.notes:
-        for line in _wrap(f"Note: {note}"):
-            y = _place_text(placed, y + 4, line, "caption")
-    template = _environment().get_template("bench.svg")
-    return template.render(placed=placed, width=SVG_WIDTH, height=y + SVG_MARGIN, title=_host_line(result))
+        parts = [part for part in (headline, ", ".join(figure.facts)) if part]
+        charts += [_words(figure.title, parts), *figure.charts]
+    if result.notes:
+        charts.append(_words("Notes", result.notes))
+    return to_svg(charts, "offload bench: " + _host_line(result))
+
+
+def _inline(chart: Chart, title: str) -> Markup:
+    """Return a chart as a part of a page: without what belongs to a file of its own."""
+    svg = to_svg([chart], title)
+    return Markup(_GROUP_ID.sub("", svg[svg.index("<svg") :]))
+
+
+def _words(heading: str, texts: Sequence[str], *, size: float = 12) -> Chart:
+    """Return a heading, `size` points high, over texts, each from a line of its own."""
+    lines = [line for text in texts for line in textwrap.wrap(text, CAPTION_CHARACTERS)]
+    height = round(2.5 * size) + LINE_HEIGHT * len(lines) + 12
+
+    def draw(figure: SubFigure) -> None:
+        figure.text(0.006, (LINE_HEIGHT * len(lines) + 14) / height, heading, size=size, weight="bold")
+        for rank, line in enumerate(reversed(lines)):
+            figure.text(0.006, (LINE_HEIGHT * rank + 12) / height, line)
+
+    return Chart(height, draw)
 
 
 def _environment() -> Environment:
@@ -130,26 +143,22 @@ def _figures(result: BenchResult) -> Iterator[_Figure]:
     for run in result.sustained:
         if run.points:
             path = result.drives[run.drive].path
-            chart = sustained_chart("Bandwidth over time", run)
-            yield _Figure(f"Sustained writing to {path}", (), (), ((chart,),))
+            yield _Figure(f"Sustained writing to {path}", (), (), (sustained_chart(run),))
 
 
 def _sweep_figure(result: BenchResult, group: tuple[int, ...]) -> _Figure:
     cells = cells_of(result, group)
     best = best_setting(result, group)
     timed = bandwidth_cells(cells)
-    top = max((sample.bytes_per_s for cell in timed for sample in cell.samples), default=0.0)
     by_name = {name: [cell for cell in timed if cell.workload.pattern == key] for key, name in PATTERNS}
     # A single point is no curve: its figure stands above.
     drawn = {name: own for name, own in by_name.items() if len(own) > 1}
-    rows = []
-    if drawn:
-        width = PANEL_WIDTHS[len(drawn)]
-        panels = (bandwidth_chart(name, own, best, top=top, width=width) for name, own in drawn.items())
-        rows.append(tuple(panels))
+    charts = [bandwidth_chart(drawn, best)] if drawn else []
     if with_latency := latency_cells(cells):
-        rows.append((latency_chart("Latency of single blocks", with_latency, best),))
-    return _Figure(group_title(result, group), _caption(result, group), _headline(result, group), tuple(rows))
+        charts.append(latency_chart(with_latency, best))
+    return _Figure(
+        group_title(result, group), _caption(result, group), _headline(result, group), tuple(charts)
+    )
 
 
 def _caption(result: BenchResult, group: tuple[int, ...]) -> tuple[str, ...]:
@@ -185,18 +194,3 @@ def _host_line(result: BenchResult) -> str:
     if machine.device is not None:
         parts.append(machine.device.name)
     return ", ".join([*parts, machine.measured_at])
-
-
-def _place_text(placed: list[_Placed], y: int, text: str, kind: str) -> int:
-    """Put a line of text with its base line at `y`; return the base line of the next."""
-    placed.append(_Placed(SVG_MARGIN, y, text=text, kind=kind))
-    return y + (24 if kind != "caption" else 18)
-
-
-def _wrap(text: str) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > CAPTION_CHARACTERS:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines

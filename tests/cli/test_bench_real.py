@@ -15,14 +15,16 @@ from offload.machine import load_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A process in which torch cannot be imported: drives are measured where it is not installed. Samples
-# are short, since nothing here looks at a figure.
+# A process in which some packages cannot be imported; torch never, since drives are measured where it is
+# not installed. Samples are short, since nothing here looks at a figure.
 COMMAND = """
 import sys
 
+absent = sys.argv.pop(1).split(",")
+
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torch":
+        if name.split(".")[0] in absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
@@ -39,9 +41,9 @@ main(["bench", *sys.argv[1:]])
 TOY = ("--size", "8MiB", "--rounds", "1", "--block", "256KiB", "--depth", "1,2")
 
 
-def start(*arguments: object, machine: Path) -> subprocess.Popen[str]:
+def start(*arguments: object, machine: Path, absent: str = "torch") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *map(str, arguments)],
+        [sys.executable, "-c", COMMAND, absent, *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "OFFLOAD_MACHINE": str(machine), "PYTHONWARNINGS": "error"},
         stdout=subprocess.PIPE,
@@ -68,7 +70,26 @@ def test_a_real_bench_without_torch_leaves_results_and_nothing_else(tmp_path: Pa
     document = json.loads(data.read_text())
     patterns = {(cell["mode"], cell["pattern"], tuple(cell["drives"])) for cell in document["cells"]}
     assert {("bandwidth", name, (0, 1)) for name in ("read", "write", "mixed")} <= patterns
-    assert page.read_text().count('class="chart"') == 3 * 3 + 2
+    assert page.read_text().count('id="axes_') == 3 * 3 + 2
+
+
+def test_a_missing_matplotlib_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    drive, kept, page = tmp_path / "drive", tmp_path / "machine.json", tmp_path / "b.html"
+    drive.mkdir()
+    with start(drive, *TOY, "--plot", page, machine=kept, absent="torch,matplotlib") as process:
+        out, err = process.communicate(timeout=60)
+    needed = "error: --plot needs matplotlib: python3 -m pip install 'offload[plot]'\n"
+    assert (process.returncode, out, err) == (2, "", needed)
+    assert not kept.exists() and not page.exists()
+
+
+def test_without_a_plot_matplotlib_is_not_needed(tmp_path: Path) -> None:
+    kept = tmp_path / "machine.json"
+    arguments = (tmp_path, *TOY, "--machine", kept, "--no-memory")
+    with start(*arguments, machine=kept, absent="torch,matplotlib") as process:
+        _, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (0, "")
+    assert kept.exists()
 
 
 def test_ctrl_c_ends_a_real_bench_with_one_line_and_leaves_nothing(tmp_path: Path) -> None:
