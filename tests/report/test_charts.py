@@ -193,6 +193,7 @@ def test_every_colour_is_seen_on_white_and_on_dark() -> None:
 def test_the_users_own_settings_neither_show_nor_change() -> None:
     charts = [bandwidth_chart({"Read": sweep(1, 8)}, BEST)]
     plain = to_svg(charts, "bench")
-    with matplotlib.rc_context({"font.size": 20, "svg.fonttype": "path", "axes.facecolor": "red"}):
+    own = {"font.size": 20, "svg.fonttype": "path", "axes.labelsize": 30, "lines.linestyle": "--"}
+    with matplotlib.rc_context(own):
         assert to_svg(charts, "bench") == plain
         assert matplotlib.rcParams["font.size"] == 20 and matplotlib.rcParams["svg.fonttype"] == "path"
