@@ -1,11 +1,14 @@
-"""AdamW: its settings, the kernel and its torch reference, and the optimizer an outer loop sees."""
+"""AdamW: its settings, the kernel and its torch reference, an optimizer for CPU tensors, and the one that an
+outer loop sees in place of the streamed update."""
 
 from .adamw import StreamedAdamW
 from .chunk import ChunkMemory, SettingsRun, settings_runs, update_chunk
 from .groups import AdamWOptions, ParameterSettings, default_param_groups
 from .kernel import Backend, adamw_update, describe_kernel, squared_norm
+from .torch_adamw import AdamW
 
 __all__ = [
+    "AdamW",
     "AdamWOptions",
     "Backend",
     "ChunkMemory",

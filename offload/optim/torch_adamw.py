@@ -1,0 +1,409 @@
+"""`AdamW`: an ordinary torch optimizer for parameters in host memory, computed by the kernel.
+
+It stands where `torch.optim.AdamW(fused=True)` or DeepSpeedCPUAdam stood. Its state is torch's own: `step`,
+`exp_avg` and `exp_avg_sq` by parameter, and with `master_weights` the int16 `residual` that completes a
+bf16 parameter to its fp32 master (see `offload.codec`). Nothing here touches a disk: `StreamedAdamW` is the
+optimizer of an attached model.
+
+Invariants: moments are fp32 and contiguous; a step or a `load_state_dict` that is refused has changed
+nothing; the result depends neither on the threads nor on how parameters are bundled.
+
+Thread rule: one thread at a time, as with any torch optimizer. The GIL is released while the kernel runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from ..codec import join_master
+from ..errors import ConfigError, StateError
+from .bundles import TensorUpdate, update_tensors
+from .groups import ParameterSettings
+from .kernel import Backend
+
+__all__ = ["AdamW"]
+
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
+
+# Settings of torch's and DeepSpeed's optimizers for which one value is supported, and what to do instead.
+FIXED_SETTINGS = {
+    "amsgrad": (False, "use torch.optim.AdamW for it"),
+    "capturable": (False, "it is for CUDA graphs"),
+    "differentiable": (False, "use torch.optim.AdamW for it"),
+    "decoupled_weight_decay": (True, "use torch.optim.Adam for L2 regularization"),
+    "adamw_mode": (True, "use torch.optim.Adam for L2 regularization"),
+    "bias_correction": (True, "use a warm-up of the learning rate in its place"),
+    "fp32_optimizer_states": (True, "moments are always float32"),
+}
+
+# What torch.optim.AdamW writes into a group besides the settings; older state_dicts lack some of it.
+GROUP_DEFAULTS = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+
+
+class AdamW(Optimizer):
+    """AdamW on CPU tensors: a drop-in for `torch.optim.AdamW(fused=True)` and DeepSpeedCPUAdam.
+
+    Parameters are float32, or bfloat16 with `master_weights`; contiguous and on the CPU. Gradients are
+    float32 or bfloat16. Results agree with torch's to rounding (1e-6), not bit for bit.
+
+    Args:
+        params: parameters, pairs of name and parameter, or groups, as torch takes them.
+        lr: as in torch.optim.AdamW; a one-element tensor will do.
+        betas: as in torch.optim.AdamW.
+        eps: as in torch.optim.AdamW, but not zero.
+        weight_decay: as in torch.optim.AdamW, decoupled. DeepSpeedCPUAdam's default is 0.
+        amsgrad: must be False.
+        maximize: climb instead of descend.
+        foreach: accepted and without effect: it chooses among torch's own implementations.
+        capturable: must be False.
+        differentiable: must be False.
+        fused: accepted and without effect, as `foreach`.
+        adamw_mode: DeepSpeed's name for decoupled weight decay; must be True.
+        bias_correction: as DeepSpeed has it; must be True.
+        fp32_optimizer_states: as DeepSpeed has it; must be True.
+        master_weights: take bfloat16 parameters, and keep beside each the 16 bits that complete it to an
+            exact float32 master: every step equals one in float32, at 2 bytes a parameter.
+        num_threads: threads of one call; torch's number when None. Results do not depend on it.
+        backend: `reference` needs no extension and is slow; see `adamw_update`.
+
+    Raises:
+        ConfigError: a setting is out of range or not supported, or a parameter that requires grad has the
+            wrong dtype, device or strides.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> optimizer = AdamW([weight], lr=0.1, weight_decay=0.0)
+    >>> weight.grad = torch.tensor([3.0, -4.0])
+    >>> optimizer.step()
+    >>> weight.detach()
+    tensor([-0.1000,  0.1000])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        adamw_mode: bool = True,
+        bias_correction: bool = True,
+        fp32_optimizer_states: bool = True,
+        master_weights: bool = False,
+        num_threads: int | None = None,
+        backend: Backend = "kernel",
+    ) -> None:
+        _check_fixed(
+            {
+                "adamw_mode": adamw_mode,
+                "bias_correction": bias_correction,
+                "fp32_optimizer_states": fp32_optimizer_states,
+            }
+        )
+        if num_threads is not None and num_threads < 1:
+            raise ConfigError(f"AdamW: num_threads must be >= 1, got {num_threads}")
+        if backend not in ("kernel", "reference"):
+            raise ConfigError(f"AdamW: backend must be 'kernel' or 'reference', got {backend!r}")
+        self._master_weights = master_weights
+        self._num_threads = num_threads
+        self._backend: Backend = backend
+        # The keys of torch.optim.AdamW in its order, so that either loads the other's groups.
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            **GROUP_DEFAULTS,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as torch does.
+
+        Raises:
+            ConfigError: as for the class; the group is not added then.
+        """
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        group = self.param_groups[index]
+        try:
+            _settings(group)
+            for name, parameter in _named(index, group):
+                fault = _fault(parameter, self._master_weights) if parameter.requires_grad else None
+                if fault is not None:
+                    raise ConfigError(f"AdamW: {name} {fault}")
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None, *, grad_scale: float | Tensor = 1.0) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float], *, grad_scale: float | Tensor = 1.0) -> float: ...
+
+    def step(
+        self, closure: Callable[[], float] | None = None, *, grad_scale: float | Tensor = 1.0
+    ) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: runs forward and backward and returns the loss; called once, before the update.
+            grad_scale: every gradient is multiplied with it in the same pass: a clip factor, or one over
+                a loss scale. The gradients themselves stay as they are.
+
+        Raises:
+            ConfigError: grad_scale is not finite, or a group's setting has been set out of range.
+            StateError: a gradient is sparse or of another dtype or shape, or a parameter has moved or
+                changed its dtype since it was given. Nothing has been changed then.
+        """
+        loss: float | None = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale = float(grad_scale)
+        if not math.isfinite(scale):
+            raise ConfigError(
+                f"AdamW: grad_scale must be finite, got {scale}: if the norm of the gradients is not "
+                "finite, leave out this step"
+            )
+        # All checks come before the first change.
+        settings = [_settings(group) for group in self.param_groups]
+        ready = [self._ready_parameters(index, group) for index, group in enumerate(self.param_groups)]
+        for group, values, parameters in zip(self.param_groups, settings, ready, strict=True):
+            update_tensors(
+                (self._tensor_update(parameter) for parameter in parameters),
+                settings=values,
+                grad_scale=-scale if group["maximize"] else scale,
+                num_threads=self._num_threads,
+                backend=self._backend,
+            )
+        return loss
+
+    def master(self, parameter: Tensor) -> Tensor:
+        """Return the exact float32 value of a parameter, as a new tensor of its shape."""
+        residual = self.state.get(parameter, {}).get("residual")
+        if residual is None:
+            return parameter.detach().to(torch.float32, copy=True)
+        return join_master(parameter.detach(), residual)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class, of torch.optim.AdamW or of DeepSpeedCPUAdam.
+
+        As with torch, tensors that fit are taken over and not copied: deepcopy the dictionary of an
+        optimizer that goes on. Moments become float32 whatever the parameter is. A bfloat16 parameter
+        without a saved residual begins with one of zero: its master is what it holds.
+
+        Raises:
+            ConfigError: a group's setting is out of range or not supported.
+            StateError: the state of a parameter is not AdamW's, or does not fit it.
+            ValueError: the groups differ in number or size.
+        """
+        # torch casts moments to the parameter's dtype, which would round those of bf16 parameters. The
+        # hooks see what the user's hooks have made of the dictionary, and restore what was cast.
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, final: dict[str, Any]) -> None:
+            self._check_loadable(final)
+            loaded.update(final)
+
+        def restore(_: Optimizer) -> None:
+            for _name, parameter, entry in self._saved_entries(loaded):
+                self.state[parameter].update(_exact(entry))
+
+        checking = self.register_load_state_dict_pre_hook(check)
+        restoring = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            checking.remove()
+            restoring.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: self.__dict__[name] for name in ("_master_weights", "_num_threads", "_backend")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in GROUP_DEFAULTS.items():
+                group.setdefault(key, value)
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def _ready_parameters(self, index: int, group: dict[str, Any]) -> list[Tensor]:
+        """Return the group's parameters that have gradients; raise if one of them cannot be updated."""
+        ready = []
+        for name, parameter in _named(index, group):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            fault = _fault(parameter, self._master_weights)
+            if fault is not None:
+                raise StateError(f"AdamW: {name} {fault}")
+            _check_gradient(name, parameter, gradient)
+            if state := self.state.get(parameter):
+                _check_state(name, parameter, state)
+            ready.append(parameter)
+        return ready
+
+    def _tensor_update(self, parameter: Tensor) -> TensorUpdate:
+        """Return what the update of a checked parameter takes; make its state if there is none."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros(parameter.shape, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros(parameter.shape, dtype=torch.float32)
+        residual = None
+        if parameter.dtype == torch.bfloat16:
+            residual = state.get("residual")
+            if residual is None:
+                residual = state["residual"] = torch.zeros(parameter.shape, dtype=torch.int16)
+        gradient = parameter.grad.contiguous()
+        return TensorUpdate(
+            gradient, parameter, residual, state["exp_avg"], state["exp_avg_sq"], state["step"]
+        )
+
+    # -- loading -------------------------------------------------------------------------------
+
+    def _check_loadable(self, state_dict: Mapping[str, Any]) -> None:
+        for index, group in enumerate(state_dict["param_groups"]):
+            missing = {"lr", "betas", "eps", "weight_decay"} - set(group)
+            if missing:
+                raise StateError(f"AdamW: group {index} of the state_dict has no {_list(missing)}")
+            _settings(group)
+        for name, parameter, entry in self._saved_entries(state_dict):
+            missing = {"step", "exp_avg", "exp_avg_sq"} - set(entry)
+            if missing:
+                raise StateError(
+                    f"AdamW: the state_dict has no {_list(missing)} for {name}; it is not that of an AdamW"
+                )
+            _check_state(name, parameter, entry)
+
+    def _saved_entries(
+        self, state_dict: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Tensor, Mapping[str, Any]]]:
+        """Yield (name, parameter, saved state) of each parameter that the dictionary has a state for."""
+        # torch refuses groups that differ in number or size, after its hooks: hence not strict.
+        groups = zip(self.param_groups, state_dict["param_groups"], strict=False)
+        for index, (group, saved) in enumerate(groups):
+            for (name, parameter), key in zip(_named(index, group), saved["params"], strict=False):
+                if entry := state_dict["state"].get(key):
+                    yield name, parameter, entry
+
+
+def _settings(group: Mapping[str, Any]) -> ParameterSettings:
+    _check_fixed(group)
+    # float(): each may be a tensor.
+    beta1, beta2 = group["betas"]
+    return ParameterSettings(
+        float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])
+    )
+
+
+def _named(index: int, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    parameters = group["params"]
+    names = group.get("param_names") or [
+        f"{position} of group {index}" for position in range(len(parameters))
+    ]
+    yield from zip((f"parameter {name}" for name in names), parameters, strict=True)
+
+
+def _list(names: set[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def _exact(entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the saved tensors in the types that are kept; those that have them already are not copied."""
+    exact = {key: entry[key].to("cpu", torch.float32).contiguous() for key in ("exp_avg", "exp_avg_sq")}
+    # DeepSpeed and old versions of torch save a number.
+    step = entry["step"]
+    exact["step"] = torch.as_tensor(step, dtype=torch.float32, device="cpu")
+    if "residual" in entry:
+        exact["residual"] = entry["residual"].to("cpu").contiguous()
+    return exact
+
+
+def _check_fixed(settings: Mapping[str, Any]) -> None:
+    for name, (wanted, remedy) in FIXED_SETTINGS.items():
+        got = settings.get(name, wanted)
+        if bool(got) != wanted:
+            raise ConfigError(f"AdamW: {name} must be {wanted}, got {got!r}; {remedy}")
+
+
+def _fault(parameter: Tensor, master_weights: bool) -> str | None:
+    """Return why the kernel cannot update a parameter, or None."""
+    # The layout before the strides, which a sparse tensor has none of.
+    if not parameter.is_cpu or parameter.layout != torch.strided or not parameter.is_contiguous():
+        return (
+            f"must be a contiguous tensor on the CPU, got shape {tuple(parameter.shape)}, {parameter.layout} "
+            f"on {parameter.device}; bring it there with .cpu() and .contiguous(), or use torch.optim.AdamW"
+        )
+    if parameter.dtype == torch.float32 or (master_weights and parameter.dtype == torch.bfloat16):
+        return None
+    if parameter.dtype == torch.bfloat16:
+        return (
+            "is bfloat16, in which small updates are lost; pass master_weights=True for exact float32 "
+            "masters at 2 bytes more a parameter, or convert the model with .float()"
+        )
+    return (
+        "must be float32, or bfloat16 with master_weights=True, "
+        f"got {str(parameter.dtype).removeprefix('torch.')}; convert it, or use torch.optim.AdamW"
+    )
+
+
+def _check_gradient(name: str, parameter: Tensor, gradient: Tensor) -> None:
+    if gradient.layout != torch.strided:
+        raise StateError(
+            f"AdamW: the gradient of {name} must be dense, got {gradient.layout}; use "
+            "torch.optim.SparseAdam, or an embedding with sparse=False"
+        )
+    if gradient.dtype not in GRADIENT_DTYPES:
+        raise StateError(f"AdamW: the gradient of {name} must be float32 or bfloat16, got {gradient.dtype}")
+    if gradient.shape != parameter.shape or not gradient.is_cpu:
+        raise StateError(
+            f"AdamW: the gradient of {name} must have shape {tuple(parameter.shape)} on the CPU, got "
+            f"{tuple(gradient.shape)} on {gradient.device}"
+        )
+
+
+def _check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
+    for key in ("exp_avg", "exp_avg_sq", "residual"):
+        if key in state and state[key].shape != parameter.shape:
+            raise StateError(
+                f"AdamW: {key} of {name} must have shape {tuple(parameter.shape)}, got "
+                f"{tuple(state[key].shape)}"
+            )
+    if "residual" in state and parameter.dtype != torch.bfloat16:
+        raise StateError(
+            f"AdamW: the state of {name} has a residual, which completes a bfloat16 parameter, but the "
+            f"parameter is {parameter.dtype}; give a float32 model the masters (AdamW.master), and take "
+            "'residual' out of the state"
+        )
