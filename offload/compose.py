@@ -27,16 +27,18 @@ from .masters import Masters
 from .optim import StreamedAdamW, default_param_groups
 from .optim.updater import Updater
 from .options import RuntimeOptions
+from .parts import Committed, Parts
 from .placeholders import placeholder, refuse_load_state_dict, refuse_state_dict, replace_parameters
 from .plan import MemoryPlan, plan_memory, shared_owners
 from .records import RecordSet, record_sets, store_records
 from .residents import ResidentRecords
 from .rng import DeviceRng, capture_rng, restore_rng
-from .runtime import Committed, Parts, Runtime
+from .runtime import Runtime
 from .schedule import Schedule, completion_order
 from .sizes import MIB
 from .sources import ModuleSource, WeightSource
 from .specs import Tier
+from .step import Step
 from .store import Store
 from .stream import StreamedUnit
 from .trace import Tracer
@@ -103,17 +105,18 @@ def attach(
     with contextlib.ExitStack() as undo:
         device = undo.enter_context(open_device(chosen.device, device_memory=chosen.device_memory))
         plan = _plan(chosen, schedule, records, trains, device)
-        parts, progress = _build(model, chosen, units, records, device, plan, schedule, trains, tracer, undo)
+        parts = _build(model, chosen, units, records, device, plan, schedule, trains, tracer, undo)
         state: Mapping[str, Any] = {}
         if chosen.resume:
-            state = _recover(parts, progress)
+            state = _recover(parts)
         else:
             _fill(parts, source or ModuleSource(dict(model.named_parameters())), on_progress)
-            progress.committed(0, 0 if parts.store is None else parts.store.generation)
+            parts.progress.committed(0, 0 if parts.store is None else parts.store.generation)
         _move_buffers(model, device.torch_device)
-        runtime = Runtime(parts, progress, state)
+        step = Step(parts, parts.progress.committed_step)
+        runtime = Runtime(parts, step, state)
         undo.callback(runtime.close)
-        _take_over(model, runtime, parts, groups)
+        _take_over(model, runtime, step, parts, groups)
         undo.pop_all()
         return runtime
 
@@ -179,7 +182,7 @@ def _build(
     trains: Mapping[str, tuple[str, ...]],
     trace: Tracer,
     undo: contextlib.ExitStack,
-) -> tuple[Parts, Committed]:
+) -> Parts:
     closers: list[Any] = []
 
     def own(part: Any) -> Any:
@@ -239,7 +242,7 @@ def _build(
         sum_micro_batches=options.rows is not None and options.torch_compute_dtype is not torch.float32,
         trace=trace,
     )
-    parts = Parts(
+    return Parts(
         model=model,
         options=options,
         units=units,
@@ -257,9 +260,9 @@ def _build(
         device_budget=device.budget,
         rng=DeviceRng(device.torch_device),
         trace=trace,
+        progress=progress,
         closers=closers,
     )
-    return parts, progress
 
 
 def _open_store(
@@ -341,7 +344,7 @@ def _step_of(store: Store) -> int:
     return step
 
 
-def _recover(parts: Parts, progress: Committed) -> Mapping[str, Any]:
+def _recover(parts: Parts) -> Mapping[str, Any]:
     store = parts.store
     assert store is not None
     if store.generation == 0:
@@ -376,14 +379,16 @@ def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def _take_over(model: torch.nn.Module, runtime: Runtime, parts: Parts, groups: list[dict[str, Any]]) -> None:
+def _take_over(
+    model: torch.nn.Module, runtime: Runtime, step: Step, parts: Parts, groups: list[dict[str, Any]]
+) -> None:
     replace_parameters(model, lambda _, parameter: placeholder(parameter))
     by_name = dict(model.named_parameters())
     named_groups = [
         {**group, "params": [(name, by_name[name]) for name, _ in group["params"]]} for group in groups
     ]
     streamed = {
-        unit.name: StreamedUnit(unit, model.get_submodule(unit.name), parts.records, runtime)
+        unit.name: StreamedUnit(unit, model.get_submodule(unit.name), parts.records, step)
         for unit in parts.units
     }
     hooks = []

@@ -51,6 +51,8 @@ LAYERS = (
     "io_setting",
     "shards",
     "checkpoint",  # runtime exports through it
+    "parts",
+    "step",
     "runtime",
     "compose",
     "hf",

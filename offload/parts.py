@@ -1,0 +1,67 @@
+"""The parts of a runtime: made by `compose.py`, driven by `runtime.py` and `step.py`.
+
+Owns nothing by itself; the runtime closes what `closers` lists. No behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .activations import Activations
+from .buffers import Budget
+from .gradients import Gradients
+from .masters import Masters
+from .optim.updater import Updater
+from .options import RuntimeOptions
+from .plan import MemoryPlan
+from .records import RecordSet
+from .residents import ResidentRecords
+from .rng import DeviceRng
+from .schedule import Schedule
+from .store import Store
+from .trace import Tracer
+from .transfer import Transfer
+from .units import Unit
+
+__all__ = ["Committed", "Parts"]
+
+
+class Committed:
+    """How far updates and commits have come; written by the update thread, read by any."""
+
+    def __init__(self, step: int, generation: int) -> None:
+        self.committed_step = step
+        self.generation = generation
+
+    def committed(self, step: int, generation: int) -> None:
+        """Note a commit."""
+        self.committed_step, self.generation = step, generation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What `compose.py` builds and a runtime drives; closed by it, last to first of `closers`."""
+
+    model: torch.nn.Module
+    options: RuntimeOptions
+    units: tuple[Unit, ...]
+    records: Mapping[str, RecordSet]
+    plan: MemoryPlan
+    schedule: Schedule
+    transfer: Transfer
+    gradients: Gradients
+    activations: Activations
+    updater: Updater
+    masters: Masters
+    store: Store | None
+    residents: ResidentRecords | None
+    host_budget: Budget
+    device_budget: Budget
+    rng: DeviceRng
+    trace: Tracer
+    progress: Committed
+    closers: list[Any] = field(default_factory=list)

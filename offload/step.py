@@ -1,0 +1,224 @@
+"""The step in progress: which units ran, whose gradients are complete, what was updated.
+
+Owns the state between one optimizer step and the next; streamed units talk to it (`UnitHost`).
+
+[Note: when an update starts] Every forward with a graph announces a backward visit. A record's
+gradient is complete when its announced visits have run; its update starts then, while backward goes
+on. Whatever was announced and never ran (an output that the loss does not use) is settled by
+`end`, as torch would: with the gradient that there is.
+
+It neither commits nor counts what the user sees; that is `runtime.py`.
+
+Thread rule: one thread drives the model; backward may run on autograd's thread while that thread
+waits in `loss.backward()`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from .calls import DroppedCall
+from .errors import StateError
+from .gradients import FinishedGradient, GradientBuffer
+from .optim import ParameterSettings, StreamedAdamW
+from .optim.updater import Update
+from .parts import Parts
+from .placeholders import StreamedGradient
+from .schedule import Pass, Phase, Visit, completion_order
+from .stream import StreamedUnit
+from .transfer import WeightsOnDevice
+from .units import Unit
+
+__all__ = ["Step"]
+
+
+class Step:
+    """See the module.
+
+    Attributes:
+        global_step: optimizer steps done.
+    """
+
+    def __init__(self, parts: Parts, global_step: int) -> None:
+        self._parts = parts
+        self.rows = parts.options.rows
+        self.activations = parts.activations
+        self.trace = parts.trace
+        self.rng = parts.rng
+        # See [Note: the anchor] in stream.py.
+        self.anchor = torch.zeros((), requires_grad=True)
+        # [Note: dropped graphs] Forwards whose graph went without a backward (a metric computed without
+        # no_grad): the garbage collector, on whatever thread, only notes them here.
+        self.dropped: deque[DroppedCall] = deque()
+        self.global_step = global_step
+        self._schedule = parts.schedule
+        self._seen_order: list[str] = []
+        self._expected: dict[str, int] = {}
+        self._updated: set[str] = set()
+        self._settings: dict[str, ParameterSettings] | None = None
+        self._failure: BaseException | None = None
+        self._running: str | None = None
+        self._optimizer: StreamedAdamW
+        self._streamed: Mapping[str, StreamedUnit] = {}
+
+    def install(self, optimizer: StreamedAdamW, streamed: Mapping[str, StreamedUnit]) -> None:
+        """Take the settings from `optimizer`, and visits from `streamed`; called once."""
+        self._optimizer = optimizer
+        self._streamed = streamed
+
+    @property
+    def has_updates(self) -> bool:
+        """Whether the step has changed weights already."""
+        return bool(self._updated)
+
+    def check_usable(self) -> None:
+        """Raise what went wrong in a visit of this step, or in the background.
+
+        Raises:
+            StateError: a visit failed, so the step cannot be completed.
+            OffloadError: background work of this step or an earlier one failed.
+        """
+        if self._failure is not None:
+            raise StateError(
+                f"a unit of this step failed ({type(self._failure).__name__}: {self._failure}), so the step"
+                f" cannot be completed; nothing of it was committed: resume the run at step"
+                f" {self._parts.progress.committed_step}"
+            ) from self._failure
+        self._parts.transfer.check()
+
+    def check_gradients(self) -> None:
+        """Raise when there is nothing to step with.
+
+        Raises:
+            StateError: no backward has run since the last step, or settings of the optimizer changed
+                since it did.
+        """
+        self._count_dropped()
+        if not self._updated and not self._parts.gradients.pending():
+            raise StateError("step() without a backward: call loss.backward() on the model's output first")
+        if self._settings is not None and self._settings != self._present_settings():
+            raise StateError(
+                "settings of the optimizer (lr, betas, eps, weight_decay) changed between backward() and"
+                " step(): updates run during backward and used the ones before; change them behind step()"
+            )
+
+    def end(self) -> None:
+        """Settle what is left of the step's updates and begin the next step."""
+        self._settle_unfinished()
+        self._parts.activations.reset()
+        self.global_step += 1
+        self._learn_order()
+        self._expected.clear()
+        self._updated.clear()
+        self._settings = None
+
+    # -- what the units call (UnitHost) ------------------------------------------------------
+
+    def enter(self, visit: Visit, kind: Pass) -> Mapping[str, WeightsOnDevice]:
+        """Fetch the weights of a visit; see `Transfer.enter`."""
+        self.check_usable()
+        if visit.phase is Phase.FORWARD:
+            self._check_not_updated(visit.unit)
+        if self._running is not None:
+            raise StateError(
+                f"unit {visit.unit!r} was called while unit {self._running!r} runs: units run one at a time;"
+                " call it before or behind, or register it as a part of the other (a child module)"
+            )
+        if visit.phase is Phase.FORWARD and kind is Pass.TRAIN:
+            self._seen_order.append(visit.unit)
+        weights = self._parts.transfer.enter(visit, kind)
+        self._running = visit.unit
+        return weights
+
+    def leave(self, visit: Visit, kind: Pass) -> None:
+        """Release the weights of a visit; see `Transfer.leave`."""
+        self._running = None
+        self._parts.transfer.leave(visit, kind)
+
+    def expect_backward(self, unit: Unit) -> None:
+        """See `UnitHost`."""
+        self._count_dropped()
+        for owner in self._streamed[unit.name].trained_owners:
+            self._expected[owner] = self._expected.get(owner, 0) + 1
+
+    def begin_gradients(self, unit: Unit) -> Mapping[str, GradientBuffer]:
+        """Lease gradient buffers for the records that `unit` trains."""
+        return {
+            owner: self._parts.gradients.begin(owner) for owner in self._streamed[unit.name].trained_owners
+        }
+
+    def finish_gradients(self, unit: Unit, buffers: Mapping[str, GradientBuffer]) -> None:
+        """Hand gradients over; start the update of every record that is complete."""
+        self._count_dropped()
+        for owner, buffer in buffers.items():
+            self._expected[owner] -= 1
+            complete = self._expected[owner] == 0
+            finished = self._parts.gradients.finish(owner, buffer, complete=complete)
+            if finished is not None:
+                self._start_update(owner, finished)
+
+    def abandon(self, error: BaseException) -> None:
+        """See `UnitHost`."""
+        self._failure = self._failure or error
+
+    # -- parts of a step ---------------------------------------------------------------------
+
+    def _start_update(self, owner: str, gradient: FinishedGradient) -> None:
+        if self._settings is None:
+            # The learning rate of a step is fixed when its first unit is updated.
+            self._settings = self._present_settings()
+        self._updated.add(owner)
+        weights = self._parts.transfer.take_host(owner)
+        self._parts.updater.submit(
+            Update(owner, weights, gradient, self._settings, step=self.global_step + 1)
+        )
+        for spec in self._parts.records[owner].layout.trainable:
+            parameter = self._parts.model.get_parameter(spec.name)
+            parameter.grad = torch.empty_like(parameter).as_subclass(StreamedGradient)
+
+    def _present_settings(self) -> dict[str, ParameterSettings]:
+        return {
+            name: self._optimizer.settings_for(name)
+            for group in self._optimizer.param_groups
+            for name in group["param_names"]
+        }
+
+    def _settle_unfinished(self) -> None:
+        """Update the records whose announced visits did not all run; see [Note: when an update starts]."""
+        for owner in self._parts.gradients.pending():
+            visit = Visit(owner, Phase.BACKWARD)
+            self._parts.transfer.enter(visit, Pass.TRAIN)
+            self._start_update(owner, self._parts.gradients.take_partial(owner))
+            self._parts.transfer.leave(visit, Pass.TRAIN)
+
+    def _count_dropped(self) -> None:
+        """Expect no backward of calls whose graph is gone; see [Note: dropped graphs]."""
+        while self.dropped:
+            call = self.dropped.popleft()
+            for saved in call.saved:
+                self._parts.activations.drop(saved)
+            if call.step == self.global_step:
+                for owner in self._streamed[call.unit].trained_owners:
+                    self._expected[owner] -= 1
+
+    def _learn_order(self) -> None:
+        order = tuple(self._seen_order)
+        self._seen_order.clear()
+        if order != self._schedule.order:
+            self._schedule = replace(self._schedule, order=order)
+            self._parts.transfer.follow(self._schedule)
+            self._parts.updater.expect(
+                completion_order(order, {name: unit.trained_owners for name, unit in self._streamed.items()})
+            )
+
+    def _check_not_updated(self, unit: str) -> None:
+        updated = [owner for owner in self._schedule.needs[unit] if owner in self._updated]
+        if updated:
+            raise StateError(
+                f"unit {unit!r} was already updated in this step: call runtime.step() after every backward."
+                " To sum the gradients of a larger batch, give the whole batch to one forward and set rows"
+            )
