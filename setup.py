@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path("csrc")
-X86 = platform.machine().lower() in {"x86_64", "amd64"}
+MACHINE = platform.machine().lower()
 
 # No -ffast-math anywhere: results must not depend on the compiler's taste. FP contraction is off so
 # that a multiply and an add fuse only where the source says fma. pybind11's headers are -isystem:
@@ -43,11 +43,22 @@ if SANITIZERS:
     COMMON_FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZERS}"]
     LINK_FLAGS.append(f"-fsanitize={SANITIZERS}")
 
-# Flags per translation unit, by file name suffix: `adamw_avx2.cc` is built with AVX2 and FMA.
+# Flags per translation unit, by file name suffix: `adamw_avx2.cc` is built with AVX2 and FMA. The two
+# warnings are about gcc's own avx512fintrin.h (its bug 105593): `__Y = __Y` stands for any value.
 UNIT_FLAGS = {
-    "_avx2.cc": ["-mavx2", "-mfma"],
-    "_avx512.cc": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "_avx2.cc": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512.cc": [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ],
     "_sse42.cc": ["-msse4.2", "-mpclmul"],
+    "_neon.cc": [],  # every AArch64 processor has it
+}
+
+# The suffixes that an architecture builds; a file without any of these suffixes is for all.
+UNITS = {
+    **dict.fromkeys(("x86_64", "amd64"), ("_avx2.cc", "_avx512.cc", "_sse42.cc")),
+    **dict.fromkeys(("aarch64", "arm64"), ("_neon.cc",)),
 }
 
 
@@ -68,7 +79,8 @@ class BuildPerUnitFlags(build_ext):
 def sources(folder: str) -> list[str]:
     """Return the translation units of one extension, leaving out those of other architectures."""
     units = sorted(str(path) for path in (CSRC / folder).glob("*.cc"))
-    return units if X86 else [unit for unit in units if not unit.endswith(tuple(UNIT_FLAGS))]
+    own = UNITS.get(MACHINE, ())
+    return [unit for unit in units if unit.endswith(own) or not unit.endswith(tuple(UNIT_FLAGS))]
 
 
 def extension(module: str, folder: str) -> Extension:

@@ -73,6 +73,10 @@ void AdamWScalar(const AdamWCoefficients& coefficients, const AdamWArrays& array
                  std::size_t begin, std::size_t end) noexcept;
 void AdamWAvx2(const AdamWCoefficients& coefficients, const AdamWArrays& arrays, std::size_t begin,
                std::size_t end) noexcept;
+void AdamWAvx512(const AdamWCoefficients& coefficients, const AdamWArrays& arrays,
+                 std::size_t begin, std::size_t end) noexcept;
+void AdamWNeon(const AdamWCoefficients& coefficients, const AdamWArrays& arrays, std::size_t begin,
+               std::size_t end) noexcept;
 
 }  // namespace offload::adam
 

@@ -7,12 +7,14 @@
 #include <vector>
 
 #include "adam/adamw.h"
+#include "adam/moments8.h"
 #include "adam/norm.h"
 
 namespace offload::adam {
 
 struct Kernels {
   AdamWKernel adamw;
+  AdamW8Kernel adamw8;
   NormKernel norm;
 };
 

@@ -6,7 +6,16 @@
 
 namespace offload::adam {
 
-enum class ElementType { kFloat32, kBFloat16 };
+enum class ElementType { kFloat32, kBFloat16, kFloat16 };
+
+// Sixteen bits of a gradient, as a type of their own, so that overloads tell how to widen them.
+// Both widen to fp32 exactly.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
 
 // The one NaN that is ever stored: quiet, positive, and still a NaN in its upper 16 bits alone.
 inline constexpr std::uint32_t kCanonicalNan = 0x7FC00000u;

@@ -11,6 +11,7 @@
 #include <cstddef>
 
 #include "adam/element.h"
+#include "adam/pool.h"
 
 namespace offload::adam {
 
@@ -23,11 +24,15 @@ void NormScalar(const void* gradient, ElementType type, std::size_t begin, std::
                 double* lanes) noexcept;
 void NormAvx2(const void* gradient, ElementType type, std::size_t begin, std::size_t end,
               double* lanes) noexcept;
+void NormAvx512(const void* gradient, ElementType type, std::size_t begin, std::size_t end,
+                double* lanes) noexcept;
+void NormNeon(const void* gradient, ElementType type, std::size_t begin, std::size_t end,
+              double* lanes) noexcept;
 
 // Returns the sum of squares of `numel` elements. Throws std::system_error if a thread cannot
 // start.
-double SquaredNorm(NormKernel kernel, const void* gradient, ElementType type, std::size_t numel,
-                   int num_threads);
+double SquaredNorm(Pool& pool, NormKernel kernel, const void* gradient, ElementType type,
+                   std::size_t numel, int num_threads);
 
 }  // namespace offload::adam
 

@@ -3,9 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
-#include <mutex>
-#include <thread>
-#include <vector>
 
 namespace offload::adam {
 namespace {
@@ -29,9 +26,10 @@ class DefaultFloatEnvironment {
 }  // namespace
 
 void ForEachBlock(
-    std::size_t numel, int num_threads,
+    Pool& pool, std::size_t numel, int num_threads,
     const std::function<void(std::size_t block, std::size_t begin, std::size_t end)>& body) {
   const std::size_t num_blocks = NumBlocks(numel);
+  if (num_blocks == 0) return;
   std::atomic<std::size_t> next{0};
   const auto take_blocks = [&]() noexcept {
     const DefaultFloatEnvironment environment;
@@ -40,41 +38,8 @@ void ForEachBlock(
       body(block, begin, std::min(begin + kBlockNumel, numel));
     }
   };
-
-  const std::size_t wanted =
-      std::min(static_cast<std::size_t>(std::max(num_threads, 1)), num_blocks);
-  if (wanted <= 1) {
-    take_blocks();
-    return;
-  }
-
-  // The helpers wait at the gate until all have started, so that a failure to start one leaves
-  // every block untouched.
-  std::mutex gate;
-  bool cancelled = false;
-  std::vector<std::thread> helpers;
-  helpers.reserve(wanted - 1);
-  {
-    std::unique_lock<std::mutex> closed(gate);
-    try {
-      while (helpers.size() + 1 < wanted) {
-        helpers.emplace_back([&] {
-          {
-            const std::lock_guard<std::mutex> open(gate);
-            if (cancelled) return;
-          }
-          take_blocks();
-        });
-      }
-    } catch (...) {
-      cancelled = true;
-      closed.unlock();
-      for (std::thread& helper : helpers) helper.join();
-      throw;
-    }
-  }
-  take_blocks();
-  for (std::thread& helper : helpers) helper.join();
+  const auto wanted = static_cast<std::size_t>(std::max(num_threads, 1));
+  pool.Run(std::min(wanted, num_blocks) - 1, take_blocks);
 }
 
 }  // namespace offload::adam

@@ -1,14 +1,16 @@
-// A flat range cut into fixed blocks, shared by a few threads that live as long as one call.
+// A flat range cut into fixed blocks, shared by the threads of a pool.
 #ifndef OFFLOAD_ADAM_PARALLEL_H_
 #define OFFLOAD_ADAM_PARALLEL_H_
 
 #include <cstddef>
 #include <functional>
 
+#include "adam/pool.h"
+
 namespace offload::adam {
 
-// 64 Ki elements: about 50 us of work at memory speed, well above the cost of taking a block; and
-// what a range of one block would gain from a second thread, starting that thread costs.
+// 64 Ki elements: about 50 us of work at memory speed, well above the cost of taking a block, and
+// above that of waking a thread.
 inline constexpr std::size_t kBlockNumel = std::size_t{1} << 16;
 
 constexpr std::size_t NumBlocks(std::size_t numel) {
@@ -16,13 +18,13 @@ constexpr std::size_t NumBlocks(std::size_t numel) {
 }
 
 // Calls body(block, begin, end) once for every block of [0, numel), on the calling thread and up to
-// num_threads - 1 more, in any order; returns when all are done. A range of one block runs inline.
-// The floating-point environment is the default one meanwhile (round to nearest, no flushing of
-// denormals), whatever the calling thread had set. `body` must not throw.
+// num_threads - 1 of the pool's, in any order; returns when all are done. A range of one block runs
+// inline. The floating-point environment is the default one meanwhile (round to nearest, no
+// flushing of denormals), whatever the calling thread had set. `body` must not throw.
 //
 // Throws std::system_error if a thread cannot be started; no block has then been touched.
 void ForEachBlock(
-    std::size_t numel, int num_threads,
+    Pool& pool, std::size_t numel, int num_threads,
     const std::function<void(std::size_t block, std::size_t begin, std::size_t end)>& body);
 
 }  // namespace offload::adam

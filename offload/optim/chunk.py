@@ -32,7 +32,7 @@ class ChunkMemory:
         optimizer: the chunk's own bytes, from where the chunk begins.
         weights: the bytes of the unit's whole weights record.
         gradient: the bytes of the unit's whole flat gradient; only read, zero in the padding.
-        gradient_dtype: float32 or bfloat16.
+        gradient_dtype: float32, bfloat16 or float16.
     """
 
     format: RecordFormat

@@ -12,6 +12,7 @@ from offload import _adam
 from offload.codec import join_master, split_master
 from offload.optim import ParameterSettings
 
+GRADIENT_TAGS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 SETTINGS = ParameterSettings(lr=3e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 
 
@@ -71,8 +72,7 @@ def update(
 ) -> Arrays:
     """Run `_adam.adamw` on a copy and return it."""
     result = arrays.copy()
-    bfloat16_gradient = result.gradient.dtype == torch.bfloat16
-    values = {name: getattr(SETTINGS, name) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")}
+    values = settings_values()
     _adam.adamw(
         export(result.gradient),
         export(result.weights),
@@ -80,12 +80,17 @@ def update(
         export(result.exp_avg),
         export(result.exp_avg_sq),
         step=step,
-        gradient_dtype="bfloat16" if bfloat16_gradient else "float32",
+        gradient_dtype=GRADIENT_TAGS[result.gradient.dtype],
         num_threads=num_threads,
         isa=isa,
         **{**values, **changes},
     )
     return result
+
+
+def settings_values() -> dict[str, float]:
+    """The settings as `_adam` takes them."""
+    return {name: getattr(SETTINGS, name) for name in ("lr", "beta1", "beta2", "eps", "weight_decay")}
 
 
 def export(tensor: torch.Tensor) -> npt.NDArray[np.generic]:

@@ -301,7 +301,10 @@ def call(**changes: object) -> None:
         ({"gradient": np.zeros(9, np.float32)}, "gradient holds 36 bytes"),
         ({"gradient_dtype": "bfloat16"}, "gradient has elements of format 'f'.*2-byte"),
         ({"gradient": np.zeros(8, np.int16), "gradient_dtype": "float32"}, "gradient .*format 'h'"),
-        ({"gradient": bytes(16), "gradient_dtype": "float16"}, "'float32' or 'bfloat16', got 'float16'"),
+        (
+            {"gradient": bytes(16), "gradient_dtype": "float8"},
+            "'float32', 'bfloat16' or 'float16', got 'float8'",
+        ),
         ({"weights": np.zeros(16, np.float32)[::2]}, "weights must be a contiguous writable buffer"),
         ({"weights": bytes(32)}, "weights must be a contiguous writable buffer"),
         ({"weights": np.zeros(8)}, "weights has elements of format 'd'"),

@@ -36,8 +36,8 @@ def test_the_torch_reference_agrees_to_rounding(split: bool) -> None:
     ("changes", "message"),
     [
         (
-            {"gradient": torch.zeros(4, dtype=torch.float16)},
-            "gradient must be float32 or bfloat16, got torch.float16",
+            {"gradient": torch.zeros(4, dtype=torch.float64)},
+            "gradient must be float32 or bfloat16 or float16, got torch.float64",
         ),
         ({"gradient": torch.zeros(5)}, "gradient has 5 elements, exp_avg has 4"),
         ({"weights": torch.zeros(4, dtype=torch.bfloat16)}, "weights must be float32, got torch.bfloat16"),

@@ -72,7 +72,9 @@ def test_denormals_count_also_when_the_caller_flushes_them() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"gradient must be float32 or bfloat16, got torch\.float64"):
+    with pytest.raises(
+        ValueError, match=r"gradient must be float32 or bfloat16 or float16, got torch\.float64"
+    ):
         squared_norm(torch.zeros(3, dtype=torch.float64))
     with pytest.raises(ValueError, match="squared_norm: gradient holds 3 bytes, not a multiple of 4"):
         _adam.squared_norm(bytearray(3))

@@ -1,0 +1,103 @@
+// The AdamW kernel with fp32 moments, over a `Vector` of any width (see step_vector.h).
+#ifndef OFFLOAD_ADAM_ADAMW_VECTOR_H_
+#define OFFLOAD_ADAM_ADAMW_VECTOR_H_
+
+#include <cstring>
+
+#include "adam/adamw.h"
+#include "adam/step_vector.h"
+#include "adam/types.h"
+
+namespace offload::adam {
+namespace {
+
+// Elements of a step of the loop: a cache line of fp32.
+inline constexpr std::size_t kStride = 16;
+
+template <typename V, typename Gradient, bool kSplit>
+struct Cursor {
+  const Gradient* gradient;
+  Masters<V, kSplit> masters;
+  float* exp_avg;
+  float* exp_avg_sq;
+
+  Cursor From(std::size_t i) const {
+    return {gradient + i, masters.From(i), exp_avg + i, exp_avg_sq + i};
+  }
+};
+
+template <typename V, typename Gradient, bool kSplit>
+void UpdateOne(const Constants<V>& c, const Cursor<V, Gradient, kSplit>& at) {
+  const State<V> old{V::Load(at.exp_avg), V::Load(at.exp_avg_sq), at.masters.Load()};
+  State<V> now = Updated<V>(c, V::Widen(at.gradient), old);
+  // A NaN in m or v makes p one, so a single test spares three blends: 6 to 9 % in cache.
+  if (__builtin_expect(!V::None(V::IsNan(now.p)), 0)) {
+    now = {CanonicalNans<V>(now.m), CanonicalNans<V>(now.v), CanonicalNans<V>(now.p)};
+  }
+  V::Store(at.exp_avg, now.m);
+  V::Store(at.exp_avg_sq, now.v);
+  at.masters.Store(now.p);
+}
+
+// The last elements go through the same vector code in a zero-filled copy, so that a tail is
+// rounded like everything else.
+template <typename V, typename Gradient, bool kSplit>
+void UpdateTail(const Constants<V>& c, const Cursor<V, Gradient, kSplit>& at, std::size_t count) {
+  Gradient gradient[V::kLanes] = {};
+  typename Masters<V, kSplit>::Element weights[V::kLanes] = {};
+  std::int16_t residual[V::kLanes] = {};
+  float exp_avg[V::kLanes] = {};
+  float exp_avg_sq[V::kLanes] = {};
+  std::memcpy(gradient, at.gradient, count * sizeof(gradient[0]));
+  std::memcpy(weights, at.masters.weights, count * sizeof(weights[0]));
+  if constexpr (kSplit) {
+    std::memcpy(residual, at.masters.residual, count * sizeof(residual[0]));
+  }
+  std::memcpy(exp_avg, at.exp_avg, count * sizeof(exp_avg[0]));
+  std::memcpy(exp_avg_sq, at.exp_avg_sq, count * sizeof(exp_avg_sq[0]));
+  UpdateOne(c, Cursor<V, Gradient, kSplit>{gradient, {weights, residual}, exp_avg, exp_avg_sq});
+  std::memcpy(at.masters.weights, weights, count * sizeof(weights[0]));
+  if constexpr (kSplit) {
+    std::memcpy(at.masters.residual, residual, count * sizeof(residual[0]));
+  }
+  std::memcpy(at.exp_avg, exp_avg, count * sizeof(exp_avg[0]));
+  std::memcpy(at.exp_avg_sq, exp_avg_sq, count * sizeof(exp_avg_sq[0]));
+}
+
+template <typename V, typename Gradient, bool kSplit>
+void UpdateRange(Constants<V> c, const Cursor<V, Gradient, kSplit>& all, std::size_t begin,
+                 std::size_t end) {
+  static_assert(kStride % V::kLanes == 0);
+  std::size_t i = begin;
+  for (; i + kStride <= end; i += kStride) {
+    const Cursor<V, Gradient, kSplit> at = all.From(i);
+    Prefetch(at.gradient);
+    at.masters.PrefetchLine();
+    Prefetch(at.exp_avg);
+    Prefetch(at.exp_avg_sq);
+    for (std::size_t j = 0; j < kStride; j += V::kLanes) UpdateOne(c, at.From(j));
+  }
+  for (; i + V::kLanes <= end; i += V::kLanes) UpdateOne(c, all.From(i));
+  if (i < end) UpdateTail(c, all.From(i), end - i);
+}
+
+template <typename V>
+void AdamWVector(const AdamWCoefficients& coefficients, const AdamWArrays& a, std::size_t begin,
+                 std::size_t end) {
+  const Constants<V> c(coefficients);
+  WithTypes(a.gradient_type, a.residual != nullptr, [&](auto element, auto split) {
+    using Gradient = decltype(element);
+    constexpr bool kSplit = decltype(split)::value;
+    using Weight = typename Masters<V, kSplit>::Element;
+    const Cursor<V, Gradient, kSplit> all{static_cast<const Gradient*>(a.gradient),
+                                          {static_cast<Weight*>(a.weights), a.residual},
+                                          a.exp_avg,
+                                          a.exp_avg_sq};
+    UpdateRange(c, all, begin, end);
+  });
+}
+
+}  // namespace
+}  // namespace offload::adam
+
+#endif  // OFFLOAD_ADAM_ADAMW_VECTOR_H_
