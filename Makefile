@@ -36,6 +36,10 @@ soak: setup ## Run the slow tests: real kills, large models, long runs, and copi
 sanitize: setup ## Run the I/O engine's tests and a stress under ASan, UBSan and TSan (minutes)
 	$(BIN)/python scripts/sanitize.py
 
+.PHONY: cross
+cross: setup ## Run the NEON kernels under qemu and compare their bits with this machine's
+	$(BIN)/python scripts/cross.py
+
 .PHONY: check
 check: setup ## Lint, formatting and types, of Python and C++
 	$(BIN)/ruff check .
