@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 # Not needed to attach a model, train it and export it: the extras, and what only the commands use.
-OPTIONAL = ("accelerate", "gguf", "transformers")
+OPTIONAL = ("accelerate", "gguf", "matplotlib", "transformers")
 COMMANDS_ONLY = ("jinja2", "psutil", "pydantic", "rich", "tqdm", "typer", "yaml")
 
 BLOCK = """
