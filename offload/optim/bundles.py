@@ -38,7 +38,7 @@ class TensorUpdate(NamedTuple):
     """What the update of one tensor reads and writes: contiguous CPU tensors of one shape.
 
     Attributes:
-        gradient: fp32 or bf16; only read.
+        gradient: fp32, bf16 or fp16; only read.
         weights: fp32, or bf16 high halves with a residual.
         residual: int16, or None for fp32 weights.
         exp_avg: fp32.

@@ -29,7 +29,7 @@ from .kernel import Backend
 
 __all__ = ["AdamW"]
 
-GRADIENT_DTYPES = (torch.float32, torch.bfloat16)
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Settings of torch's and DeepSpeed's optimizers for which one value is supported, and what to do instead.
 FIXED_SETTINGS = {
@@ -58,7 +58,7 @@ class AdamW(Optimizer):
     """AdamW on CPU tensors: a drop-in for `torch.optim.AdamW(fused=True)` and DeepSpeedCPUAdam.
 
     Parameters are float32, or bfloat16 with `master_weights`; contiguous and on the CPU. Gradients are
-    float32 or bfloat16. Results agree with torch's to rounding (1e-6), not bit for bit.
+    float32, bfloat16 or float16. Results agree with torch's to rounding (1e-6), not bit for bit.
 
     Args:
         params: parameters, pairs of name and parameter, or groups, as torch takes them.
@@ -386,7 +386,9 @@ def _check_gradient(name: str, parameter: Tensor, gradient: Tensor) -> None:
             "torch.optim.SparseAdam, or an embedding with sparse=False"
         )
     if gradient.dtype not in GRADIENT_DTYPES:
-        raise StateError(f"AdamW: the gradient of {name} must be float32 or bfloat16, got {gradient.dtype}")
+        raise StateError(
+            f"AdamW: the gradient of {name} must be float32, bfloat16 or float16, got {gradient.dtype}"
+        )
     if gradient.shape != parameter.shape or not gradient.is_cpu:
         raise StateError(
             f"AdamW: the gradient of {name} must have shape {tuple(parameter.shape)} on the CPU, got "

@@ -310,7 +310,7 @@ def test_a_group_that_is_refused_is_not_added() -> None:
     assert ((late[0].detach() - before).abs() > 0.4).all()
 
 
-def half_gradient(parameter: Parameter) -> None:
+def double_gradient(parameter: Parameter) -> None:
     parameter.grad_dtype = None
     parameter.grad = torch.zeros(3, dtype=torch.float64)
 
@@ -332,7 +332,7 @@ def moved(parameter: Parameter) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (half_gradient, "gradient of parameter 0 of group 1 must be float32 or bfloat16, got torch.float64"),
+        (double_gradient, "gradient of parameter 0 of group 1 must be float32, .* got torch.float64"),
         (sparse_gradient, r"gradient of parameter 0 of group 1 must be dense, got torch.sparse_coo"),
         (other_shape, r"gradient of parameter 0 of group 1 must have shape \(2,\) on the CPU, got \(3,\)"),
         (moved, "parameter 0 of group 1 must be a contiguous tensor"),
@@ -367,6 +367,18 @@ def test_a_setting_spoilt_after_construction_is_refused_at_the_step() -> None:
     optimizer.param_groups[0]["amsgrad"] = True
     with pytest.raises(ConfigError, match="amsgrad must be False"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_two_bytes_are_widened_exactly(dtype: torch.dtype) -> None:
+    narrow, wide = parameters_of(SHAPES), parameters_of(SHAPES)
+    for one, other, gradient in zip(narrow, wide, gradients(wide, 2), strict=True):
+        one.grad_dtype = dtype
+        one.grad = gradient.to(dtype)
+        other.grad = one.grad.float()
+    AdamW(narrow).step()
+    AdamW(wide).step()
+    assert bits(narrow) == bits(wide)
 
 
 def test_a_strided_gradient_is_read_in_the_order_of_the_parameter() -> None:
