@@ -256,3 +256,35 @@ def test_schedulers_of_transformers_drive_it(name: str) -> None:
     assert rates[0] == rates[1]
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.detach(), other.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_trainer_of_transformers_goes_on_from_the_checkpoint_of_torchs_adamw(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    initial = transformers.LlamaForCausalLM(config)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 32, (8, 6))]
+
+    def run(kind: type[Optimizer], max_steps: int, checkpoint: Path | None = None) -> Optimizer:
+        model = copy.deepcopy(initial)
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / kind.__module__), max_steps=max_steps, save_steps=2, per_device_train_batch_size=4,
+            report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        optimizer = kind(model.parameters(), lr=1e-2)
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return optimizer
+
+    try:
+        whole = run(torch.optim.AdamW, 4)
+        checkpoint = tmp_path / torch.optim.AdamW.__module__ / "checkpoint-2"
+        resumed = run(AdamW, 4, checkpoint)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)
+    ours, theirs = resumed.param_groups[0]["params"], whole.param_groups[0]["params"]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert resumed.state[mine]["step"] == 4
+        torch.testing.assert_close(mine.detach(), other.detach(), rtol=1e-5, atol=1e-6)
