@@ -34,7 +34,7 @@ from .records import RecordSet, record_sets, store_records
 from .residents import ResidentRecords
 from .rng import DeviceRng, capture_rng, restore_rng
 from .runtime import Runtime
-from .schedule import Schedule, completion_order
+from .schedule import Schedule, completion_order, first_use_order
 from .sizes import MIB
 from .sources import ModuleSource, WeightSource
 from .specs import Tier
@@ -98,7 +98,11 @@ def attach(
     units = find_units(model)
     record_format = RecordFormat(chosen.dtype, chosen.chunk_numel)
     records = record_sets((unit.layout for unit in units), record_format, chosen.torch_compute_dtype)
-    schedule = Schedule(tuple(unit.name for unit in units), {unit.name: unit.records for unit in units})
+    schedule = Schedule(
+        tuple(unit.name for unit in units),
+        {unit.name: unit.records for unit in units},
+        wraps=not chosen.parks,
+    )
     trains = {unit.name: unit.trained_records for unit in units}
     groups = [dict(group) for group in param_groups or _default_groups(model, chosen)]
     _check_groups(groups, records)
@@ -154,8 +158,6 @@ def _plan(
     trains: Mapping[str, tuple[str, ...]],
     device: Device,
 ) -> MemoryPlan:
-    compute = options.torch_compute_dtype
-    wide = options.rows is not None and compute is not torch.float32
     return plan_memory(
         schedule,
         records,
@@ -164,8 +166,9 @@ def _plan(
         host_limit_nbytes=options.host_memory,
         # What the device holds back for itself (staging for conversions) is not there to be planned.
         device_limit_nbytes=device.budget.free_nbytes,
-        gradient_itemsize=4 if wide else compute.itemsize,
-        micro_gradients=wide,
+        gradient_itemsize=options.torch_gradient_dtype.itemsize,
+        micro_gradients=options.sums_wide,
+        parks=options.parks,
         activations_nbytes=options.activations_nbytes or DEFAULT_ACTIVATIONS_NBYTES,
         fill_activations=options.activations_nbytes is None,
     )
@@ -198,6 +201,7 @@ def _build(
     residents = ResidentRecords(host, records) if plan.home is not Tier.DISK else None
     host_weights = host.pool("weights", plan.host_weights) if plan.host_weights else None
     host_gradients = host.pool("gradients", plan.host_gradients)
+    updating = host.pool("weights under update", plan.host_updates) if plan.host_updates else None
     staging = host.pool("optimizer chunks", plan.staging) if plan.staging else None
     stack = host.stack("saved inputs", plan.activations_nbytes)
     transfer = Transfer(
@@ -212,6 +216,7 @@ def _build(
         store=store,
         residents=residents,
         keep_on_device=plan.home is Tier.DEVICE,
+        keep_host=not options.parks,
         trace=trace,
     )
     undo.callback(transfer.close)
@@ -220,6 +225,7 @@ def _build(
         records=records,
         host=host,
         staging=staging,
+        weights=updating,
         store=store,
         residents=residents,
         num_threads=options.optimizer.num_threads or max(1, torch.get_num_threads() // 2),
@@ -229,7 +235,8 @@ def _build(
         trace=trace,
     )
     undo.callback(updater.close)
-    updater.expect(completion_order(schedule.order, trains))
+    predict = first_use_order if options.parks else completion_order
+    updater.expect(predict(schedule.order, trains))
     gradients = Gradients(
         records=records,
         device=device,
@@ -237,9 +244,12 @@ def _build(
         host_pool=host_gradients,
         device_arena=device_arena,
         device_pool=device_arena.pool("gradients", plan.device_gradients),
-        shared=shared_owners(trains),
+        # With `parks` every record has a place.
+        shared=() if options.parks else shared_owners(trains),
         overflow=stack,
-        sum_micro_batches=options.rows is not None and options.torch_compute_dtype is not torch.float32,
+        sum_wide=options.sums_wide,
+        parks=options.parks,
+        dtype=options.torch_gradient_dtype,
         trace=trace,
     )
     return Parts(

@@ -7,7 +7,8 @@ waits on the host and is restored first.
 [Note: where partial sums wait] A sum that is finished takes a slot of the pool, which an update gives
 back; a sum that is not finished never does, or the visits that would finish it could wait for its slot
 for ever. Records that units share (tied embeddings) have a place of their own, which the plan foresaw.
-What it cannot foresee (a model called twice in a step) waits in the stack of saved inputs.
+What it cannot foresee (a model called twice in a step) waits in the stack of saved inputs. With `parks`
+every sum has a slot, and keeps it from the first backward of a step until the update.
 
 Thread rule: called by the thread that runs backward, one visit at a time.
 """
@@ -80,7 +81,9 @@ class Gradients:
         device_pool: Pool,
         shared: Sequence[str],
         overflow: Stack,
-        sum_micro_batches: bool,
+        sum_wide: bool,
+        parks: bool,
+        dtype: torch.dtype,
         trace: Tracer,
     ) -> None:
         self._records = records
@@ -89,10 +92,12 @@ class Gradients:
         self._host_pool = host_pool
         self._device_arena = device_arena
         self._device_pool = device_pool
-        self._sum_micro_batches = sum_micro_batches
+        self._sum_wide = sum_wide
+        self._parks = parks
+        self._dtype = dtype
         self._trace = trace
         self._overflow = overflow
-        self._partial: dict[str, Lease] = {}
+        self._partial: dict[str, FinishedGradient] = {}
         # Largest first: each gets the smallest slot that fits, which is the one planned for it.
         self._places = {
             owner: host_pool.lease(self._host_nbytes(owner), f"{owner} partial gradient")
@@ -104,7 +109,7 @@ class Gradients:
         record = self._records[owner]
         numel = record.layout.trainable_numel
         compute = record.compute_dtype
-        wide = self._host_dtype(owner)
+        wide = torch.float32 if self._sum_wide else compute
         nbytes = numel * wide.itemsize + (numel * compute.itemsize if wide is not compute else 0)
         lease = self._device_pool.lease(nbytes, f"{owner} gradient")
         # The bytes may still be on their way to the host for the unit before.
@@ -118,7 +123,8 @@ class Gradients:
         if partial is None:
             total.zero_()
         else:
-            source = self._device.host_tensor(self._host, partial, wide, numel)
+            partial.arrived.wait()
+            source = self._device.host_tensor(self._host, partial.host, partial.dtype, numel)
             self._device.wait_on_compute(self._device.upload(source, total))
         return GradientBuffer(total, micro, lease)
 
@@ -134,20 +140,37 @@ class Gradients:
         Raises:
             CapacityError: a sum that other visits add to has no place to wait.
         """
-        numel = self._records[owner].layout.trainable_numel
-        dtype = buffer.total.dtype
-        host = self._finished_place(owner) if complete else self._partial_place(owner)
-        with self._trace.span(owner, "device to host", nbytes=numel * dtype.itemsize):
-            target = self._device.host_tensor(self._host, host, dtype, numel)
-            arrived = self._device.download(buffer.total, target)
-        self._device_arena.release_after(buffer.lease, arrived)
+        gradient = self._download(
+            owner, buffer, self._finished_place(owner) if complete else self._partial_place(owner)
+        )
         if complete:
             self._forget_partial(owner)
-            return FinishedGradient(host, dtype, numel, arrived)
-        # The next visit uploads it again, on another stream.
-        arrived.wait()
-        self._partial[owner] = host
+            return gradient
+        self._partial[owner] = gradient
         return None
+
+    def park(self, owner: str, buffer: GradientBuffer) -> FinishedGradient:
+        """Copy the sum so far to host memory, where it stays until `take_partial`; free the device buffer.
+
+        Returns:
+            The sum, to be read only: later visits of the step replace it, in the same place.
+        """
+        parked = self._partial.get(owner)
+        host = self._finished_place(owner) if parked is None else parked.host
+        self._partial[owner] = self._download(owner, buffer, host)
+        return self._partial[owner]
+
+    def parked(self, owner: str) -> FinishedGradient:
+        """Return a sum that `park` holds, to be read only."""
+        return self._partial[owner]
+
+    def _download(self, owner: str, buffer: GradientBuffer, host: Lease) -> FinishedGradient:
+        numel = self._records[owner].layout.trainable_numel
+        with self._trace.span(owner, "device to host", nbytes=numel * self._dtype.itemsize):
+            target = self._device.host_tensor(self._host, host, self._dtype, numel)
+            arrived = self._device.download(buffer.total, target)
+        self._device_arena.release_after(buffer.lease, arrived)
+        return FinishedGradient(host, self._dtype, numel, arrived)
 
     def discard(self) -> None:
         """Forget every partial sum; for a step that is given up."""
@@ -160,31 +183,34 @@ class Gradients:
 
     def take_partial(self, owner: str) -> FinishedGradient:
         """Hand over a partial sum as it is: no other visit will add to it in this step."""
-        numel = self._records[owner].layout.trainable_numel
-        dtype = self._host_dtype(owner)
+        if self._parks:
+            return self._partial.pop(owner)
+        partial = self._partial[owner]
+        partial.arrived.wait()
         host = self._finished_place(owner)
-        source = self._device.host_tensor(self._host, self._partial[owner], dtype, numel)
-        self._device.host_tensor(self._host, host, dtype, numel).copy_(source)
+        source = self._device.host_tensor(self._host, partial.host, partial.dtype, partial.numel)
+        self._device.host_tensor(self._host, host, partial.dtype, partial.numel).copy_(source)
         self._forget_partial(owner)
-        return FinishedGradient(host, dtype, numel, self._device.record_compute())
-
-    def _host_dtype(self, owner: str) -> torch.dtype:
-        return torch.float32 if self._sum_micro_batches else self._records[owner].compute_dtype
+        return FinishedGradient(host, partial.dtype, partial.numel, self._device.record_compute())
 
     def _host_nbytes(self, owner: str) -> int:
-        return self._records[owner].layout.trainable_numel * self._host_dtype(owner).itemsize
+        return self._records[owner].layout.trainable_numel * self._dtype.itemsize
 
     def _finished_place(self, owner: str) -> Lease:
         with self._trace.span("wait for a gradient buffer", "stall", owner=owner):
             return self._host_pool.lease(self._host_nbytes(owner), f"{owner} gradient")
 
     def _partial_place(self, owner: str) -> Lease:
-        kept = self._partial.get(owner) or self._places.get(owner)
-        return kept or self._overflow.push(self._host_nbytes(owner), f"{owner} partial gradient")
+        if owner in self._partial:
+            return self._partial[owner].host
+        return self._places.get(owner) or self._overflow.push(
+            self._host_nbytes(owner), f"{owner} partial gradient"
+        )
 
     def _forget_partial(self, owner: str) -> None:
         # On a GPU the copy out of it has not ended, perhaps; compute waits for it, and whatever is
         # written here next (a saved input, a partial sum) is copied behind compute.
-        lease = self._partial.pop(owner, None)
-        if lease is not None and owner not in self._places:
-            lease.release()
+        partial = self._partial.pop(owner, None)
+        if partial is not None and owner not in self._places:
+            partial.arrived.wait()
+            partial.host.release()

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,9 +16,12 @@ from .optim import AdamWOptions
 from .sizes import GIB, MIB, format_bytes, parse_bytes
 from .specs import RecordDType, Tier
 
-__all__ = ["ComputeDType", "RuntimeOptions", "is_queue_depth", "is_segment_size"]
+__all__ = ["ComputeDType", "OnNonFinite", "RuntimeOptions", "is_queue_depth", "is_segment_size"]
 
 ComputeDType = Literal["float32", "bfloat16"]
+
+# What becomes of a run when a loss or gradient is NaN or infinite.
+OnNonFinite = Literal["skip", "stop"]
 
 # Options that may be given as text, `"8GiB"`.
 SIZES = ("host_memory", "device_memory", "chunk_nbytes", "activations_nbytes", "segment_nbytes")
@@ -47,6 +50,15 @@ class RuntimeOptions:
             with the masters themselves.
         compute_dtype: what units compute in. `float32` by default: many CPUs have no bf16 arithmetic.
         rows: rows of a micro-batch inside a unit; None runs a step's batch at once.
+        max_grad_norm: clip gradients by their exact global norm, as torch's `clip_grad_norm_` does. None
+            does not clip, and needs no room for parked gradients. Infinity only measures the norm.
+        park_gradients: keep a step's gradients until `step()`, as `max_grad_norm` does: for several
+            backwards before a step, and for `Runtime.clip_grad_norm_`. They are summed in fp32.
+        gradient_dtype: of parked gradients. None is the dtype they are summed in: 4 bytes per trainable
+            parameter, or 2 when units compute in bf16 and nothing is summed. `bfloat16` rounds them.
+        on_non_finite: `stop` raises when a loss or gradient is not finite; `skip` goes on with the next
+            batch. Nothing of such a step is kept either way.
+        max_non_finite_steps: with `skip`, how many such steps in a row are too many.
         optimizer: AdamW's settings. Its `num_threads` is half of torch's number when None, since the
             other half computes meanwhile.
         run_id: the run to create or resume; a new one when None.
@@ -71,6 +83,11 @@ class RuntimeOptions:
     dtype: RecordDType = "bfloat16"
     compute_dtype: ComputeDType = "float32"
     rows: int | None = None
+    max_grad_norm: float | None = None
+    park_gradients: bool = False
+    gradient_dtype: ComputeDType | None = None
+    on_non_finite: OnNonFinite = "stop"
+    max_non_finite_steps: int = 3
     optimizer: AdamWOptions = field(default_factory=AdamWOptions)
     run_id: str | None = None
     resume: bool = False
@@ -99,6 +116,7 @@ class RuntimeOptions:
             )
         if self.rows is not None and self.rows <= 0:
             raise ConfigError(f"rows must be positive or None, got {self.rows}")
+        self._check_gradients()
         if self.chunk_nbytes <= 0 or self.chunk_nbytes % 4096:
             raise ConfigError(f"chunk_nbytes must be a multiple of 4096, got {self.chunk_nbytes}")
         itemsize = 10 if self.dtype == "bfloat16" else 8
@@ -107,6 +125,23 @@ class RuntimeOptions:
             raise ConfigError(
                 f"an optimizer chunk of {self.chunk_numel} elements ({nbytes}) is not a whole number of"
                 f" store chunks of {format_bytes(self.chunk_nbytes)}"
+            )
+
+    def _check_gradients(self) -> None:
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm must be positive or None, got {self.max_grad_norm}")
+        if self.gradient_dtype is not None and not self.parks:
+            raise ConfigError(
+                "gradient_dtype is that of parked gradients: set max_grad_norm or park_gradients with it"
+            )
+        if self.on_non_finite not in get_args(OnNonFinite):
+            raise ConfigError(f"on_non_finite must be 'skip' or 'stop', got {self.on_non_finite!r}")
+        if self.max_non_finite_steps < 1:
+            raise ConfigError(f"max_non_finite_steps must be at least 1, got {self.max_non_finite_steps}")
+        if self.on_non_finite == "skip" and not (self.parks or self.rolls_back):
+            raise ConfigError(
+                "on_non_finite='skip' cannot undo updates that run during backward here: set park_gradients,"
+                " or give a disk and leave save_steps at 1"
             )
 
     @classmethod
@@ -141,6 +176,27 @@ class RuntimeOptions:
         if self.home is not None:
             return self.home
         return Tier.DISK if self.disk else Tier.DEVICE
+
+    @property
+    def parks(self) -> bool:
+        """Whether gradients are kept until the step ends, instead of updating during backward."""
+        return self.park_gradients or self.max_grad_norm is not None
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether the state before a step can be read again when some of its updates have run."""
+        return bool(self.disk) and self.save_steps == 1
+
+    @property
+    def sums_wide(self) -> bool:
+        """Whether gradients are summed in fp32 beside the compute dtype's own."""
+        return (self.rows is not None or self.park_gradients) and self.compute_dtype != "float32"
+
+    @property
+    def torch_gradient_dtype(self) -> torch.dtype:
+        """Dtype of gradients on the host."""
+        chosen = self.gradient_dtype or ("float32" if self.sums_wide else self.compute_dtype)
+        return torch.float32 if chosen == "float32" else torch.bfloat16
 
     @property
     def torch_compute_dtype(self) -> torch.dtype:

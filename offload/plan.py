@@ -42,9 +42,12 @@ class MemoryPlan:
     Attributes:
         home: where the records rest between uses.
         window: visits fetched ahead of the one that runs.
-        updates_in_flight: units whose update may be pending while backward goes on.
+        updates_in_flight: units whose update may be pending while the model goes on.
         host_weights: slots for weights and frozen records on their way to the device.
-        host_gradients: slots for gradients waiting for their update.
+        host_gradients: slots for gradients waiting for their update; one for each when they are parked.
+        host_updates: slots for weights under update between passes, when gradients are parked.
+        parked_nbytes: host bytes of parked gradients, 0 when updates run during backward; they are part of
+            `host_gradients`.
         staging: slots for chunks of optimizer records.
         host_resident_nbytes: records that live in host memory for the whole run.
         activations_nbytes: what is left of the host budget for saved unit inputs.
@@ -58,6 +61,8 @@ class MemoryPlan:
     updates_in_flight: int
     host_weights: tuple[int, ...]
     host_gradients: tuple[int, ...]
+    host_updates: tuple[int, ...]
+    parked_nbytes: int
     staging: tuple[int, ...]
     host_resident_nbytes: int
     activations_nbytes: int
@@ -68,7 +73,7 @@ class MemoryPlan:
     @property
     def host_nbytes(self) -> int:
         """Bytes of the host arena."""
-        slots = (*self.host_weights, *self.host_gradients, *self.staging)
+        slots = (*self.host_weights, *self.host_gradients, *self.host_updates, *self.staging)
         return _total(slots) + self.host_resident_nbytes + self.activations_nbytes
 
     @property
@@ -88,6 +93,7 @@ def plan_memory(
     gradient_itemsize: int,
     micro_gradients: bool,
     activations_nbytes: int,
+    parks: bool = False,
     fill_activations: bool = False,
 ) -> MemoryPlan:
     """Return the deepest plan that fits both budgets.
@@ -102,6 +108,7 @@ def plan_memory(
         gradient_itemsize: bytes of one gradient element as it crosses to the host.
         micro_gradients: whether micro-batches are summed in a second, wider device buffer.
         activations_nbytes: bytes for saved inputs.
+        parks: keep every gradient in host memory until the step ends.
         fill_activations: give saved inputs what is left of the host budget as well.
 
     Raises:
@@ -121,6 +128,7 @@ def plan_memory(
             gradient_itemsize=gradient_itemsize,
             micro_gradients=micro_gradients,
             activations_nbytes=activations_nbytes,
+            parks=parks,
             reserve=reserve,
         )
         if plan.host_nbytes <= host_limit_nbytes and plan.device_nbytes + reserve <= device_limit_nbytes:
@@ -161,6 +169,7 @@ def _plan_at(
     gradient_itemsize: int,
     micro_gradients: bool,
     activations_nbytes: int,
+    parks: bool,
     reserve: int,
 ) -> MemoryPlan:
     visits = schedule.visits(Pass.TRAIN)
@@ -175,13 +184,21 @@ def _plan_at(
     }
     # A gradient that several units add to waits on the host from the first of them to the last.
     shared = sorted(gradient[owner] for owner in shared_owners(trains))
+    # Updates during backward take the buffers of the weights over; those between passes have their own.
     host_weights = window_slots(
-        [{owner: records[owner].host_nbytes for owner in owners} for owners in needs], window + 1 + updates
+        [{owner: records[owner].host_nbytes for owner in owners} for owners in needs],
+        window + 1 + (0 if parks else updates),
     )
     device_weights = window_slots(
         [{owner: records[owner].device_nbytes for owner in owners} for owners in needs], window + 1
     )
     host_gradients = (*window_slots(_sizes(gradient, backward), updates), *shared)
+    host_updates: tuple[int, ...] = ()
+    if parks:
+        host_gradients = tuple(gradient.values())
+        host_updates = window_slots(
+            _sizes({owner: records[owner].host_nbytes for owner in records}, backward), updates
+        )
     chunk_nbytes = max(
         (chunk.nbytes for unit in records.values() for chunk in _first_chunks(unit)),
         default=0,
@@ -190,6 +207,7 @@ def _plan_at(
     if home is not Tier.DISK:
         resident = sum(align_up(unit.host_nbytes, 4096) + unit.optimizer_nbytes for unit in records.values())
         host_weights = ()
+        host_updates = ()
     if home is Tier.DEVICE:
         device_weights = tuple(unit.device_nbytes for unit in records.values())
     return MemoryPlan(
@@ -198,6 +216,8 @@ def _plan_at(
         updates_in_flight=updates,
         host_weights=_rounded(host_weights),
         host_gradients=_rounded(host_gradients),
+        host_updates=_rounded(host_updates),
+        parked_nbytes=_total(_rounded(host_gradients)) if parks else 0,
         staging=_rounded((chunk_nbytes,) * staging),
         host_resident_nbytes=resident,
         activations_nbytes=align_up(activations_nbytes, SLOT_ALIGNMENT_NBYTES),
@@ -239,7 +259,9 @@ def _total(slots: tuple[int, ...]) -> int:
 def _refusal(plan: MemoryPlan, host_limit: int, device_limit: int) -> str:
     host = {
         "weights": _total(plan.host_weights),
-        "gradients": _total(plan.host_gradients),
+        "weights under update": _total(plan.host_updates),
+        "gradients": _total(plan.host_gradients) - plan.parked_nbytes,
+        "parked gradients": plan.parked_nbytes,
         "optimizer chunks": _total(plan.staging),
         "resident records": plan.host_resident_nbytes,
         "saved inputs": plan.activations_nbytes,
@@ -258,4 +280,10 @@ def _refusal(plan: MemoryPlan, host_limit: int, device_limit: int) -> str:
                 f"  {knob}: needs {format_bytes(needed)} ({listing}), the budget is {format_bytes(limit)};"
                 f" set {knob} to at least {needed} bytes"
             )
+    if plan.parked_nbytes and sum(host.values()) > host_limit:
+        lines.append(
+            f"  of these, {plan.parked_nbytes} bytes are gradients kept until the step ends:"
+            " max_grad_norm=None and park_gradients=False need none, gradient_dtype='bfloat16' needs 2 bytes"
+            " per trainable parameter"
+        )
     return "\n".join(lines)

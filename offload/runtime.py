@@ -13,6 +13,7 @@ waits in `loss.backward()`.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from .checkpoint import ExportOptions, export
 from .errors import StateError
 from .optim import StreamedAdamW
+from .optim.norms import GlobalNorm
 from .parts import Parts
 from .placeholders import replace_parameters
 from .plan import MemoryPlan
@@ -32,6 +34,8 @@ from .step import Step
 from .stream import StreamedUnit
 
 __all__ = ["Runtime", "RuntimeStats"]
+
+_log = logging.getLogger("offload")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class Runtime:
         self._state = state
         self.trace = parts.trace
         self._steps_counted = 0
+        self._grad_norm: float | None = None
+        self._skipped = 0
+        self._skipped_in_a_row = 0
         self._closed = False
         self.optimizer: StreamedAdamW
         self._streamed: dict[str, StreamedUnit] = {}
@@ -90,7 +97,7 @@ class Runtime:
     @property
     def global_step(self) -> int:
         """Optimizer steps done, committed or not."""
-        return self._step.global_step
+        return self._step.num_done
 
     @property
     def committed_step(self) -> int:
@@ -117,16 +124,58 @@ class Runtime:
         """How the budgets are spent."""
         return self._parts.plan
 
-    def step(self, state: Mapping[str, Any] | None = None) -> None:
-        """End an optimizer step: settle its updates and queue its commit.
+    @property
+    def grad_norm(self) -> float | None:
+        """The 2-norm of all gradients in the last step, before clipping; None before the first."""
+        return self._grad_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps given up because something was not finite, since the model was attached."""
+        return self._skipped
+
+    def measure_gradients(self) -> float:
+        """Wait for the step's gradients and return their 2-norm, not finite when one of them is not.
+
+        `step` does this by itself; call it behind the last backward to know the norm before the commit.
+
+        Raises:
+            StateError: there are no gradients.
+            OffloadError: background work failed.
+        """
+        self._check_usable()
+        self._step.check_gradients()
+        return self._measure().value
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Clip the step's gradients by their global norm, as `torch.nn.utils.clip_grad_norm_` does.
+
+        Call it behind the last backward of a step. `max_grad_norm` does not apply to that step.
+
+        Returns:
+            The norm before, fp32.
+
+        Raises:
+            StateError: gradients are not parked (`park_gradients`), or there are none.
+        """
+        self._check_usable()
+        self._step.check_gradients()
+        return torch.tensor(self._step.clip(max_norm))
+
+    def step(self, state: Mapping[str, Any] | None = None) -> bool:
+        """End an optimizer step: clip, settle its updates and queue its commit.
 
         Args:
             state: JSON-able values to find again in `state` after a resume, such as the position in
                 the data.
 
+        Returns:
+            True; or False when a gradient was not finite and the step was skipped, see `give_up_step`.
+
         Raises:
             StateError: no backward has run since the last step, a visit of this step failed, settings
-                of the optimizer changed since the backward, or the runtime is closed.
+                of the optimizer changed since the backward, a gradient was not finite and
+                `on_non_finite` does not say to skip it, or the runtime is closed.
             TypeError, ValueError: `state` is not JSON.
             OffloadError: background work of this step or an earlier one failed.
         """
@@ -134,12 +183,51 @@ class Runtime:
         self._step.check_gradients()
         # A copy, since the commit lags behind the loop that goes on to change its own.
         user = json.loads(json.dumps(dict(state or {})))
+        norm = self._measure()
+        if norm.not_finite:
+            others = f" and {len(norm.not_finite) - 1} more" if len(norm.not_finite) > 1 else ""
+            self.give_up_step(f"the gradient of unit {norm.not_finite[0]!r}{others} is not finite")
+            return False
         self._step.end()
+        self._skipped_in_a_row = 0
         self._steps_counted += 1
         if self.global_step % self._parts.options.save_steps == 0:
             self._parts.updater.commit(
                 {"step": self.global_step, "rng": capture_rng(), "user": user}, self.global_step
             )
+        return True
+
+    def give_up_step(self, reason: str) -> None:
+        """Drop everything since the last step, as if its batches had never been seen.
+
+        The generators of random numbers are left as they are, so that the next batch is another one.
+        `step` calls this for gradients that are not finite; a loop may, for a loss.
+
+        Args:
+            reason: for the log and the error, `the loss is nan`.
+
+        Raises:
+            StateError: the step was dropped and the run shall not go on: `on_non_finite` is `stop`, or it
+                was the last of `max_non_finite_steps` in a row; or updates cannot be undone.
+        """
+        self._check_usable()
+        options = self._parts.options
+        number = self.global_step + 1
+        self._step.give_up()
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        if options.on_non_finite == "stop":
+            raise StateError(
+                f"step {number}: {reason}; nothing of this step was applied. Lower the learning rate, look"
+                " at the data, or set on_non_finite='skip'"
+            )
+        if self._skipped_in_a_row >= options.max_non_finite_steps:
+            raise StateError(
+                f"step {number}: {reason}; nothing of it was applied, and it was skipped"
+                f" {self._skipped_in_a_row} times in a row (max_non_finite_steps). Lower the learning rate,"
+                " or look at the data"
+            )
+        _log.warning("step %d: %s; skipped, nothing of it was applied", number, reason)
 
     def synchronize(self) -> None:
         """Wait until every queued update and commit is done.
@@ -147,6 +235,7 @@ class Runtime:
         Raises:
             OffloadError: one of them failed.
         """
+        self._step.settle()
         self._parts.updater.drain()
         self._parts.transfer.check()
 
@@ -221,8 +310,10 @@ class Runtime:
         for hook in self._hooks:
             hook.remove()
         parts = self._parts
-        parts.updater.close()
+        # In this order: a record that was updated may wait for the device in the slot that the next update
+        # waits for.
         parts.transfer.close()
+        parts.updater.close()
         parts.gradients.discard()
         parts.activations.reset()
         for closer in reversed(parts.closers):
@@ -239,6 +330,11 @@ class Runtime:
                 self.synchronize()
         finally:
             self.close()
+
+    def _measure(self) -> GlobalNorm:
+        norm = self._step.measure()
+        self._grad_norm = norm.value
+        return norm
 
     def _check_usable(self) -> None:
         if self._closed:

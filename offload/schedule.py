@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 
-__all__ = ["Pass", "Phase", "Schedule", "Visit", "completion_order", "window_slots"]
+__all__ = ["Pass", "Phase", "Schedule", "Visit", "completion_order", "first_use_order", "window_slots"]
 
 
 class Phase(enum.Enum):
@@ -47,10 +47,13 @@ class Schedule:
     Attributes:
         order: unit names in the order of their forward visits; a unit called twice stands twice.
         needs: for each unit, the owners of the records it needs.
+        wraps: whether what the next pass needs may be fetched before a training pass is over. Not when
+            records are updated between passes: what was fetched before would be thrown away.
     """
 
     order: tuple[str, ...]
     needs: Mapping[str, tuple[str, ...]]
+    wraps: bool = True
 
     def visits(self, kind: Pass) -> tuple[Visit, ...]:
         """Return the visits of one pass."""
@@ -81,9 +84,9 @@ class Schedule:
         return None
 
     def ahead(self, position: int, kind: Pass) -> Iterator[Visit]:
-        """Yield the visits that follow `position`: the rest of this pass, then the next one."""
+        """Yield the visits that follow `position`: the rest of this pass, then the next one if it `wraps`."""
         visits = self.visits(kind)
-        return chain(visits[position + 1 :], visits)
+        return chain(visits[position + 1 :], visits if self.wraps or kind is Pass.INFER else ())
 
     def upcoming_records(self, position: int, kind: Pass, window: int) -> tuple[str, ...]:
         """Return the records that the next `window` visits need, soonest first, each once."""
@@ -137,6 +140,16 @@ def completion_order(order: tuple[str, ...], trained: Mapping[str, tuple[str, ..
             last.pop(owner, None)
             last[owner] = None
     return tuple(last)
+
+
+def first_use_order(order: tuple[str, ...], trained: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the owners of trained records in the order in which forward needs them.
+
+    >>> first_use_order(("embed", "block", "head"), {"embed": ("embed",), "block": ("block",),
+    ...                                              "head": ("embed",)})
+    ('embed', 'block')
+    """
+    return tuple(dict.fromkeys(owner for unit in order for owner in trained[unit]))
 
 
 def _elementwise_max(left: Iterable[int], right: Iterable[int]) -> list[int]:

@@ -1,11 +1,18 @@
-"""The step in progress: which units ran, whose gradients are complete, what was updated.
+"""The step in progress: which units ran, whose gradients are complete, what becomes of them.
 
 Owns the state between one optimizer step and the next; streamed units talk to it (`UnitHost`).
 
 [Note: when an update starts] Every forward with a graph announces a backward visit. A record's
 gradient is complete when its announced visits have run; its update starts then, while backward goes
 on. Whatever was announced and never ran (an output that the loss does not use) is settled by
-`end`, as torch would: with the gradient that there is.
+`measure`, as torch would: with the gradient that there is.
+
+[Note: parked gradients] Clipping by the global norm needs all gradients before the first update, and
+several backwards before a step need their sum. With `parks` gradients stay where `Gradients.park` put
+them until `end`, which queues the updates in the order in which the next forward needs the records, and
+returns: a visit of that forward waits for the updates of its own records only. Whoever waits for the
+update thread between passes stops fetching first (`settle`): a record that was updated hands its buffer
+on to the device, and on a full device would hold it until the next visit.
 
 It neither commits nor counts what the user sees; that is `runtime.py`.
 
@@ -25,10 +32,11 @@ from .calls import DroppedCall
 from .errors import StateError
 from .gradients import FinishedGradient, GradientBuffer
 from .optim import ParameterSettings, StreamedAdamW
+from .optim.norms import GlobalNorm, clip_factor
 from .optim.updater import Update
 from .parts import Parts
 from .placeholders import StreamedGradient
-from .schedule import Pass, Phase, Visit, completion_order
+from .schedule import Pass, Phase, Visit, completion_order, first_use_order
 from .stream import StreamedUnit
 from .transfer import WeightsOnDevice
 from .units import Unit
@@ -40,7 +48,9 @@ class Step:
     """See the module.
 
     Attributes:
-        global_step: optimizer steps done.
+        global_step: tells calls of one step from those of another: counts steps, those given up as well.
+        num_done: optimizer steps done.
+        norm: of the step's gradients, once it was measured.
     """
 
     def __init__(self, parts: Parts, global_step: int) -> None:
@@ -55,8 +65,14 @@ class Step:
         # no_grad): the garbage collector, on whatever thread, only notes them here.
         self.dropped: deque[DroppedCall] = deque()
         self.global_step = global_step
+        self.num_done = global_step
+        self.norm: GlobalNorm | None = None
+        self._parks = parts.options.parks
+        self._unmeasured: set[str] = set()
+        self._clip_scale: float | None = None
         self._schedule = parts.schedule
         self._seen_order: list[str] = []
+        self._in_backward = False
         self._expected: dict[str, int] = {}
         self._updated: set[str] = set()
         self._settings: dict[str, ParameterSettings] | None = None
@@ -64,11 +80,13 @@ class Step:
         self._running: str | None = None
         self._optimizer: StreamedAdamW
         self._streamed: Mapping[str, StreamedUnit] = {}
+        self._trained: dict[str, tuple[str, ...]] = {}
 
     def install(self, optimizer: StreamedAdamW, streamed: Mapping[str, StreamedUnit]) -> None:
         """Take the settings from `optimizer`, and visits from `streamed`; called once."""
         self._optimizer = optimizer
         self._streamed = streamed
+        self._trained = {name: unit.trained_owners for name, unit in streamed.items()}
 
     @property
     def has_updates(self) -> bool:
@@ -106,12 +124,71 @@ class Step:
                 " step(): updates run during backward and used the ones before; change them behind step()"
             )
 
+    def settle(self) -> None:
+        """Make it safe to wait for the update thread; see [Note: parked gradients]. Between passes only."""
+        if self._parks:
+            self._parts.transfer.quiet()
+
+    def measure(self) -> GlobalNorm:
+        """Settle what is left of the step's gradients and return their norm.
+
+        Raises:
+            OffloadError: background work failed.
+        """
+        if self.norm is None:
+            self.settle()
+            self._settle_unfinished()
+            self.norm = self._parts.updater.global_norm()
+        return self.norm
+
+    def clip(self, max_norm: float) -> float:
+        """Let the step's updates scale the gradients down to `max_norm`; return the norm until now.
+
+        Raises:
+            StateError: gradients are not parked.
+        """
+        if not self._parks:
+            raise StateError(
+                "the gradients of this step have gone into updates already: attach with max_grad_norm, or"
+                " with park_gradients=True to clip in the loop"
+            )
+        scale = 1.0 if self._clip_scale is None else self._clip_scale
+        norm = self.measure().value * scale
+        self._clip_scale = scale * clip_factor(norm, max_norm)
+        return norm
+
     def end(self) -> None:
-        """Settle what is left of the step's updates and begin the next step."""
-        self._settle_unfinished()
-        self._parts.activations.reset()
-        self.global_step += 1
+        """Queue the updates of parked gradients and begin the next step; `measure` was called."""
+        assert self.norm is not None and not self.norm.not_finite
         self._learn_order()
+        if self._parks:
+            self._update_parked(self.norm.value)
+        self.num_done += 1
+        self._begin_next()
+
+    def give_up(self) -> None:
+        """Drop everything of the step, as if its batches had never been seen, and begin the next one.
+
+        Raises:
+            StateError: updates have run that cannot be undone here; the runtime is then of no further use.
+            OffloadError: background work failed.
+        """
+        self._count_dropped()
+        self.settle()
+        self._parts.updater.global_norm()
+        if self._updated:
+            self._roll_back()
+        self._seen_order.clear()
+        self._parts.gradients.discard()
+        self._begin_next()
+
+    def _begin_next(self) -> None:
+        self._parts.activations.reset()
+        self._parts.updater.forget_norms()
+        self.global_step += 1
+        self.norm = None
+        self._clip_scale = None
+        self._unmeasured.clear()
         self._expected.clear()
         self._updated.clear()
         self._settings = None
@@ -128,7 +205,13 @@ class Step:
                 f"unit {visit.unit!r} was called while unit {self._running!r} runs: units run one at a time;"
                 " call it before or behind, or register it as a part of the other (a child module)"
             )
-        if visit.phase is Phase.FORWARD and kind is Pass.TRAIN:
+        if visit.phase is Phase.BACKWARD:
+            self._in_backward = True
+        elif kind is Pass.TRAIN:
+            if self._in_backward and self._parks:
+                # The next forward of the same step: a pass by itself.
+                self._seen_order.clear()
+            self._in_backward = False
             self._seen_order.append(visit.unit)
         weights = self._parts.transfer.enter(visit, kind)
         self._running = visit.unit
@@ -147,16 +230,24 @@ class Step:
 
     def begin_gradients(self, unit: Unit) -> Mapping[str, GradientBuffer]:
         """Lease gradient buffers for the records that `unit` trains."""
+        if self._clip_scale is not None:
+            raise StateError(
+                "backward() after clip_grad_norm_(): call step() first; clip behind the last one"
+            )
+        self.norm = None
         return {
             owner: self._parts.gradients.begin(owner) for owner in self._streamed[unit.name].trained_owners
         }
 
     def finish_gradients(self, unit: Unit, buffers: Mapping[str, GradientBuffer]) -> None:
-        """Hand gradients over; start the update of every record that is complete."""
+        """Hand gradients over: park them, or start the update of every record that is complete."""
         self._count_dropped()
         for owner, buffer in buffers.items():
             self._expected[owner] -= 1
             complete = self._expected[owner] == 0
+            if self._parks:
+                self._park(owner, buffer, complete=complete)
+                continue
             finished = self._parts.gradients.finish(owner, buffer, complete=complete)
             if finished is not None:
                 self._start_update(owner, finished)
@@ -167,15 +258,42 @@ class Step:
 
     # -- parts of a step ---------------------------------------------------------------------
 
+    def _park(self, owner: str, buffer: GradientBuffer, *, complete: bool) -> None:
+        parked = self._parts.gradients.park(owner, buffer)
+        if complete:
+            self._unmeasured.discard(owner)
+            self._parts.updater.measure(owner, parked)
+        else:
+            self._unmeasured.add(owner)
+        self._show_gradient(owner)
+
+    def _update_parked(self, norm: float) -> None:
+        parts = self._parts
+        settings = self._present_settings()
+        scale = self._clip_scale
+        if scale is None:
+            limit = parts.options.max_grad_norm
+            scale = 1.0 if limit is None else clip_factor(norm, limit)
+        pending = parts.gradients.pending()
+        ahead = first_use_order(self._schedule.order, self._trained)
+        parts.transfer.begin_updates(pending)
+        # A record that this forward did not use can have a gradient of an earlier one.
+        places = {owner: place for place, owner in enumerate(ahead)}
+        for owner in sorted(pending, key=lambda owner: places.get(owner, len(places))):
+            gradient = parts.gradients.take_partial(owner)
+            step = self.num_done + 1
+            parts.updater.submit(Update(owner, None, gradient, settings, step, scale, measured=True))
+
     def _start_update(self, owner: str, gradient: FinishedGradient) -> None:
         if self._settings is None:
             # The learning rate of a step is fixed when its first unit is updated.
             self._settings = self._present_settings()
         self._updated.add(owner)
         weights = self._parts.transfer.take_host(owner)
-        self._parts.updater.submit(
-            Update(owner, weights, gradient, self._settings, step=self.global_step + 1)
-        )
+        self._parts.updater.submit(Update(owner, weights, gradient, self._settings, step=self.num_done + 1))
+        self._show_gradient(owner)
+
+    def _show_gradient(self, owner: str) -> None:
         for spec in self._parts.records[owner].layout.trainable:
             parameter = self._parts.model.get_parameter(spec.name)
             parameter.grad = torch.empty_like(parameter).as_subclass(StreamedGradient)
@@ -188,12 +306,33 @@ class Step:
         }
 
     def _settle_unfinished(self) -> None:
-        """Update the records whose announced visits did not all run; see [Note: when an update starts]."""
+        """Take the gradients whose announced visits did not all run; see [Note: when an update starts]."""
+        if self._parks:
+            for owner in sorted(self._unmeasured):
+                self._parts.updater.measure(owner, self._parts.gradients.parked(owner))
+            self._unmeasured.clear()
+            return
         for owner in self._parts.gradients.pending():
             visit = Visit(owner, Phase.BACKWARD)
             self._parts.transfer.enter(visit, Pass.TRAIN)
             self._start_update(owner, self._parts.gradients.take_partial(owner))
             self._parts.transfer.leave(visit, Pass.TRAIN)
+
+    def _roll_back(self) -> None:
+        """Undo updates that have run: read the last committed state again, which is the one before."""
+        parts = self._parts
+        if not parts.options.rolls_back:
+            error = StateError(
+                "updates of this step have run during backward and cannot be undone: give a disk and leave"
+                " save_steps at 1, or set park_gradients"
+            )
+            self.abandon(error)
+            raise error
+        parts.updater.drain()
+        parts.transfer.drop(tuple(parts.records))
+        parts.updater.roll_back()
+        if parts.residents is not None:
+            parts.masters.load_residents(parts.records)
 
     def _count_dropped(self) -> None:
         """Expect no backward of calls whose graph is gone; see [Note: dropped graphs]."""
@@ -211,14 +350,14 @@ class Step:
         if order != self._schedule.order:
             self._schedule = replace(self._schedule, order=order)
             self._parts.transfer.follow(self._schedule)
-            self._parts.updater.expect(
-                completion_order(order, {name: unit.trained_owners for name, unit in self._streamed.items()})
-            )
+            predict = first_use_order if self._parks else completion_order
+            self._parts.updater.expect(predict(order, self._trained))
 
     def _check_not_updated(self, unit: str) -> None:
         updated = [owner for owner in self._schedule.needs[unit] if owner in self._updated]
         if updated:
             raise StateError(
                 f"unit {unit!r} was already updated in this step: call runtime.step() after every backward."
-                " To sum the gradients of a larger batch, give the whole batch to one forward and set rows"
+                " To sum the gradients of a larger batch, give the whole batch to one forward and set rows,"
+                " or set park_gradients"
             )

@@ -12,7 +12,7 @@ Invariants:
   traceback, and again at every later one.
 
 Thread rule: `enter`, `leave` and `take_host` are called by the thread that runs the model, one visit
-at a time; `begin_update` and `end_update` by any thread.
+at a time, `begin_updates`, `drop` and `quiet` by it between visits; `end_update` by any thread.
 
 It does not know what a gradient or an optimizer is; those are `gradients.py` and `optim/updater.py`.
 """
@@ -22,7 +22,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -59,7 +59,8 @@ class _Copy:
 
     `host` and `device` are leased together and live until the copy is released, because backward
     needs the host bytes again for the update; `take_host` moves `host` out, and what is left on the
-    device is `stale`: it is not used by another visit.
+    device is `stale`: it is not used by another visit. When updates run between passes, which read for
+    themselves, `host` is given back as soon as its bytes are on the device.
     """
 
     owner: str
@@ -90,8 +91,10 @@ class Transfer:
         store: Store | None,
         residents: ResidentRecords | None,
         keep_on_device: bool,
+        keep_host: bool,
         trace: Tracer,
     ) -> None:
+        self._keep_host = keep_host
         self._keep_on_device = keep_on_device
         self._schedule = schedule
         self._records = records
@@ -171,6 +174,22 @@ class Transfer:
             self._updating.add(owner)
             return lease
 
+    def begin_updates(self, owners: Collection[str]) -> None:
+        """Count records as under update, between two passes; what was fetched of them is dropped.
+
+        Each is fetched again when its `end_update` came.
+        """
+        with self._changed:
+            self._drop_copies(owners)
+            self._raise_if_unusable()
+            self._updating.update(owners)
+
+    def drop(self, owners: Collection[str]) -> None:
+        """Drop what was fetched of records whose bytes in the store or at home will be other ones."""
+        with self._changed:
+            self._drop_copies(owners)
+            self._raise_if_unusable()
+
     def end_update(self, owner: str, host: Lease) -> None:
         """Take the buffer of `take_host` back with the record's new bytes, which are in the store too.
 
@@ -196,16 +215,8 @@ class Transfer:
     def quiet(self) -> None:
         """Stop fetching ahead and give back every slot; the next `enter` begins anew."""
         with self._changed:
-            self._queue.clear()
-            self._position = -1
-            self._release_idle(keep=())
-            while any(not copy.ready for copy in self._copies.values()):
-                self._raise_if_unusable()
-                self._release_idle(keep=())
-                self._changed.wait()
-            for copy in list(self._copies.values()):
-                if not self._keep_on_device:
-                    self._release(copy)
+            self._drop_copies(())
+            self._raise_if_unusable()
 
     def check(self) -> None:
         """Raise the first background error, if there was one."""
@@ -232,6 +243,18 @@ class Transfer:
         self._offered.clear()
 
     # -- under the lock ----------------------------------------------------------------------
+
+    def _drop_copies(self, owners: Collection[str]) -> None:
+        """Stop fetching ahead; release all copies, those that stay on the device only if of `owners`."""
+        self._queue.clear()
+        self._position = -1
+        self._release_idle(keep=())
+        while self._error is None and any(not copy.ready for copy in self._copies.values()):
+            self._release_idle(keep=())
+            self._changed.wait()
+        for copy in list(self._copies.values()):
+            if copy.ready and (copy.owner in owners or not self._keep_on_device):
+                self._release(copy)
 
     def _raise_if_unusable(self) -> None:
         if self._error is not None:
@@ -314,10 +337,15 @@ class Transfer:
             with self._changed:
                 if not self._closed:
                     self._error = self._error or error
+                self._queue.clear()
                 self._changed.notify_all()
         finally:
             for copy in reading:
                 _settle(copy)
+                if copy.host is not None and self._residents is None:
+                    # The update thread may wait for the slot.
+                    copy.host.release()
+                    copy.host = None
 
     def _next_to_read(self, *, block: bool) -> str | None:
         """Return the next record to read; None when closed, or when there is none and not `block`."""
@@ -378,6 +406,9 @@ class Transfer:
         self._upload(copy, record)
         self._trace.add("host to device", copy.owner, began_s, time.perf_counter(), nbytes=record.host_nbytes)
         with self._changed:
+            if copy.host is not None and not self._keep_host and self._residents is None:
+                copy.host.release()
+                copy.host = None
             copy.ready = True
             self._changed.notify_all()
 

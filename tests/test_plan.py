@@ -95,6 +95,34 @@ def test_host_home_holds_all_records_and_needs_no_staging() -> None:
     assert resident.host_weights == ()
 
 
+def test_parked_gradients_have_a_slot_each_and_updates_their_own_weights() -> None:
+    parked = plan(1024 * MIB, 1024 * MIB, parks=True)
+    numel = sum(NUMELS.values())
+    assert sum(parked.host_gradients) == parked.parked_nbytes
+    assert 4 * numel <= parked.parked_nbytes < 4 * numel + 4096 * len(NUMELS)
+    assert len(parked.host_gradients) == len(NUMELS)
+    assert len(parked.host_updates) == parked.updates_in_flight == 2
+    assert max(parked.host_updates) >= 2 * NUMELS["embed"]
+    free = plan(1024 * MIB, 1024 * MIB)
+    assert (free.parked_nbytes, free.host_updates) == (0, ())
+    assert len(free.host_weights) > len(parked.host_weights)
+
+
+def test_parked_gradients_that_do_not_fit_are_refused_with_their_bytes_and_the_knobs() -> None:
+    needed = plan(1024 * MIB, 1024 * MIB, parks=True).parked_nbytes
+    with pytest.raises(CapacityError) as refusal:
+        plan(32 * MIB, 1024 * MIB, parks=True)
+    assert f"{needed} bytes are gradients kept until the step ends" in str(refusal.value)
+    assert "max_grad_norm=None" in str(refusal.value)
+    assert "parked gradients 28.0 MiB" in str(refusal.value)
+
+
+def test_parked_gradients_of_resident_records_need_no_more_weights() -> None:
+    parked = plan(1024 * MIB, 1024 * MIB, home=Tier.HOST, parks=True)
+    assert (parked.host_updates, parked.host_weights) == ((), ())
+    assert parked.parked_nbytes > 0
+
+
 def test_saved_inputs_get_what_is_left_when_asked() -> None:
     filled = plan(512 * MIB, 1024 * MIB, fill_activations=True)
     assert 512 * MIB - 4096 < filled.host_nbytes <= 512 * MIB

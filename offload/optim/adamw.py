@@ -45,7 +45,7 @@ class StreamedAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
-        on_step: Callable[[], None],
+        on_step: Callable[[], object],
         options: AdamWOptions | None = None,
     ) -> None:
         self._on_step = on_step

@@ -2,7 +2,8 @@
 
 Owns the staging slots while chunks are in them, and the writes in flight. Backward completes
 gradients in a known order, so the first chunks of the next update are in memory before its gradient
-is; while a chunk is computed the next is read and the one before is written.
+is; while a chunk is computed the next is read and the one before is written. An update between passes
+has its weights read here, too; during backward they come with it.
 
 Invariants: chunks are taken in the order they are asked for; a slot is reused when its write has
 landed; `on_landed` is called for a unit when its weights record and everything before it are in the
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from ..buffers import Arena, Lease, Pool
 from ..codec import OptimizerChunk
 from ..errors import OffloadError
+from ..masters import begin_reading_weights
 from ..records import RecordSet
 from ..specs import RecordKind
 from ..store import Store, Ticket
@@ -37,6 +39,16 @@ class _Staged:
     chunk: OptimizerChunk
     lease: Lease
     ticket: Ticket
+    issued_s: float
+
+
+@dataclass
+class _Weights:
+    """A unit's weights and frozen records, read or being read for an update between passes."""
+
+    owner: str
+    lease: Lease
+    tickets: list[Ticket]
     issued_s: float
 
 
@@ -65,6 +77,7 @@ class ChunkPipeline:
         records: Mapping[str, RecordSet],
         host: Arena,
         staging: Pool,
+        weights: Pool | None,
         store: Store,
         on_landed: Callable[[str, Lease], None],
         trace: Tracer,
@@ -72,6 +85,7 @@ class ChunkPipeline:
         self._records = records
         self._host = host
         self._slots = staging
+        self._weights_slots = weights
         self._store = store
         self._on_landed = on_landed
         self._trace = trace
@@ -80,6 +94,7 @@ class ChunkPipeline:
         self._next_chunk = 0
         self._staged: deque[_Staged] = deque()
         self._taken: _Staged | None = None
+        self._weights_ahead: _Weights | None = None
         self._writes: deque[_Write] = deque()
 
     def advance(self) -> bool:
@@ -110,6 +125,33 @@ class ChunkPipeline:
         memory = self._host.view(staged.lease, 0, chunk.nbytes)
         self._write(owner, "optimizer", memory, chunk.offset_bytes, staged.lease)
 
+    def take_weights(self, owner: str) -> Lease:
+        """Return a lease with a unit's weights and frozen records, read by now; `write_weights` is next.
+
+        The weights of the update predicted behind it are begun.
+        """
+        weights, self._weights_ahead = self._weights_ahead, None
+        if weights is not None and weights.owner != owner:
+            _drop(weights)
+            weights = None
+        while weights is None and self._writes:
+            weights = self._begin_weights(owner)
+            if weights is None:
+                self._finish(down_to=len(self._writes) - 1)
+        if weights is None:
+            # No slot is on its way out of here: what holds them is on its way to the device.
+            weights = self._begin_weights(owner, block=True)
+        assert weights is not None
+        for ticket in weights.tickets:
+            ticket.wait()
+        record = self._records[owner]
+        ended_s = max(ticket.finished_s or weights.issued_s for ticket in weights.tickets)
+        self._trace.add("disk read", owner, weights.issued_s, ended_s, nbytes=record.host_nbytes)
+        self._trace.count("disk_read_nbytes", record.host_nbytes)
+        if owner in self._order[:-1]:
+            self._weights_ahead = self._begin_weights(self._order[self._order.index(owner) + 1])
+        return weights.lease
+
     def write_weights(self, owner: str, lease: Lease) -> None:
         """Begin to write a weights record, the last of its unit; `on_landed` gets the lease back."""
         memory = self._host.view(lease, 0, self._records[owner].weights_nbytes)
@@ -126,6 +168,9 @@ class ChunkPipeline:
     def restart(self, order: Sequence[str]) -> None:
         """Forget what was read ahead and predict by `order` from its beginning; nothing when empty."""
         self._drop_staged()
+        if self._weights_ahead is not None:
+            _drop(self._weights_ahead)
+            self._weights_ahead = None
         self._order, self._next_record, self._next_chunk = tuple(order), 0, 0
 
     def settle(self) -> OffloadError | None:
@@ -134,16 +179,35 @@ class ChunkPipeline:
         pending = [(write.ticket, write.lease) for write in self._writes]
         taken = () if self._taken is None else (self._taken,)
         pending += [(staged.ticket, staged.lease) for staged in (*taken, *self._staged)]
-        for ticket, lease in pending:
+        if self._weights_ahead is not None:
+            ahead, self._weights_ahead = self._weights_ahead, None
+            pending += [(ticket, ahead.lease) for ticket in ahead.tickets]
+        for ticket, _ in pending:
             try:
                 ticket.wait()
             except OffloadError as error:
                 first = first or error
-            lease.release()
+        for _, lease in pending:
+            if not lease.released:
+                lease.release()
         self._writes.clear()
         self._staged.clear()
         self._taken = None
         return first
+
+    def _begin_weights(self, owner: str, *, block: bool = False) -> _Weights | None:
+        record = self._records[owner]
+        assert self._weights_slots is not None
+        holder = f"{owner} weights under update"
+        if block:
+            lease: Lease | None = self._weights_slots.lease(record.host_nbytes, holder)
+        else:
+            lease = self._weights_slots.try_lease(record.host_nbytes, holder)
+        if lease is None:
+            return None
+        memory = self._host.view(lease, 0, record.host_nbytes)
+        issued_s = time.perf_counter()
+        return _Weights(owner, lease, begin_reading_weights(self._store, record, memory), issued_s)
 
     def _next_staged(self, owner: str, chunk: OptimizerChunk) -> _Staged:
         staged = self._staged
@@ -216,3 +280,9 @@ class ChunkPipeline:
                 self._on_landed(write.owner, write.lease)
             else:
                 write.lease.release()
+
+
+def _drop(weights: _Weights) -> None:
+    for ticket in weights.tickets:
+        ticket.wait()
+    weights.lease.release()

@@ -1,13 +1,17 @@
-"""Runs AdamW over records behind backward's back, and commits behind the updates.
+"""Runs AdamW over records behind the model's back, and commits behind the updates.
 
-Owns one update thread and its queue of work: updates in the order their gradients completed, and
-commits between them. Because one thread takes them in order, every write of step n is in the store
-before its commit, and none of step n+1. The reads and writes around an update are `pipeline.py`.
+Owns one update thread and its queue of work: updates in the order their gradients completed (during
+backward) or in which forward needs them (between passes), and commits between them. Because one thread
+takes them in order, every write of step n is in the store before its commit, and none of step n+1. The
+reads and writes around an update are `pipeline.py`.
+
+Every gradient's squared norm is measured here, when it has arrived. When one is not finite, neither its
+record nor any later one is updated until `roll_back`.
 
 Invariants: a chunk is read, updated and written once a step; a record can be fetched again
 (`on_updated`) only when its bytes are in the store, or at home in host memory.
 
-Thread rule: `submit`, `commit` and `drain` by the thread that runs the model. An error of the update
+Thread rule: all public methods by the thread that runs the model. An error of the update
 thread is given to `on_error` once, and raised by `drain`.
 """
 
@@ -21,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..buffers import Arena, Lease, Pool
-from ..codec import OptimizerChunk
+from ..codec import OptimizerChunk, view_elements
 from ..gradients import FinishedGradient
 from ..records import RecordSet
 from ..residents import ResidentRecords
@@ -29,6 +33,8 @@ from ..store import Store
 from ..trace import Tracer
 from .chunk import ChunkMemory, update_chunk
 from .groups import ParameterSettings
+from .kernel import squared_norm
+from .norms import GlobalNorm, GradientNorms
 from .pipeline import ChunkPipeline
 
 __all__ = ["Update", "Updater"]
@@ -44,17 +50,28 @@ class Update:
 
     Attributes:
         owner: the unit.
-        weights: host lease with the weights record, updated in place and written.
+        weights: host lease with the weights record, updated in place and written; None when the update
+            runs between passes and reads it.
         gradient: its gradient on the host, or on the way there.
         settings: learning rate and the rest by parameter name, as of this step.
         step: optimizer steps including this one, from 1.
+        grad_scale: the gradient is multiplied with it first: the clip factor.
+        measured: whether the gradient is known to be finite.
     """
 
     owner: str
-    weights: Lease
+    weights: Lease | None
     gradient: FinishedGradient
     settings: Mapping[str, ParameterSettings]
     step: int
+    grad_scale: float = 1.0
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class _Measure:
+    owner: str
+    gradient: FinishedGradient
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,14 @@ class _Pause:
     reached: threading.Event
 
 
+@dataclass(frozen=True)
+class _RollBack:
+    reached: threading.Event
+
+
+_Work = Update | _Measure | _Commit | _Pause | _RollBack | threading.Event | None
+
+
 class Updater:
     """See the module."""
 
@@ -79,6 +104,7 @@ class Updater:
         records: Mapping[str, RecordSet],
         host: Arena,
         staging: Pool | None,
+        weights: Pool | None,
         store: Store | None,
         residents: ResidentRecords | None,
         num_threads: int,
@@ -97,6 +123,8 @@ class Updater:
         self._on_error = on_error
         self._trace = trace
         self._order: tuple[str, ...] = ()
+        self._norms = GradientNorms()
+        self._spoiled = False
         self._pipeline: ChunkPipeline | None = None
         if residents is None:
             assert staging is not None and store is not None
@@ -104,13 +132,12 @@ class Updater:
                 records=records,
                 host=host,
                 staging=staging,
+                weights=weights,
                 store=store,
                 on_landed=on_updated,
                 trace=trace,
             )
-        self._work: queue.SimpleQueue[Update | _Commit | _Pause | threading.Event | None] = (
-            queue.SimpleQueue()
-        )
+        self._work: queue.SimpleQueue[_Work] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="offload-update", daemon=True)
         self._thread.start()
@@ -123,7 +150,29 @@ class Updater:
 
     def submit(self, update: Update) -> None:
         """Queue one record's update; the thread takes over its leases."""
+        if not update.measured:
+            self._norms.expect()
         self._work.put(update)
+
+    def measure(self, owner: str, gradient: FinishedGradient) -> None:
+        """Queue the measuring of a parked gradient's norm; one measured again replaces the one before."""
+        self._norms.expect()
+        self._work.put(_Measure(owner, gradient))
+
+    def global_norm(self) -> GlobalNorm:
+        """Wait until the gradients of this step were measured and return their norm.
+
+        Raises:
+            OffloadError: the thread's error, if it failed.
+        """
+        norm = self._norms.total()
+        if self._error is not None:
+            raise self._error
+        return norm
+
+    def forget_norms(self) -> None:
+        """Begin the next step's global norm."""
+        self._norms.clear()
 
     def commit(self, state: Mapping[str, Any], step: int) -> None:
         """Queue a commit of everything submitted so far, with `state` in its manifest."""
@@ -152,6 +201,17 @@ class Updater:
         pause.reached.wait()
         self.drain()
 
+    def roll_back(self) -> None:
+        """Wait as `drain` does, then forget every write since the last commit.
+
+        Raises:
+            OffloadError: the thread's error, if it failed.
+        """
+        item = _RollBack(threading.Event())
+        self._work.put(item)
+        item.reached.wait()
+        self.drain()
+
     def close(self) -> None:
         """Finish the queue and stop the thread. The pools must outlive this call."""
         self._work.put(None)
@@ -170,6 +230,9 @@ class Updater:
             elif isinstance(item, _Pause):
                 self._pause()
                 item.reached.set()
+            elif isinstance(item, _RollBack):
+                self._roll_back()
+                item.reached.set()
             elif self._error is not None:
                 # The generation is lost already; give back what the work item owns and go on, so
                 # that `drain` and `close` return.
@@ -177,7 +240,7 @@ class Updater:
             else:
                 self._attempt(item)
 
-    def _next_item(self) -> Update | _Commit | _Pause | threading.Event | None:
+    def _next_item(self) -> _Work:
         while self._work.empty() and self._error is None and self._make_progress():
             pass
         return self._work.get()
@@ -198,15 +261,30 @@ class Updater:
         except _FAILURES as error:
             self._fail(error)
 
+    def _roll_back(self) -> None:
+        try:
+            if self._pipeline is not None:
+                self._pipeline.finish_writes()
+                self._pipeline.restart(())
+            if self._store is not None:
+                self._store.rollback()
+            self._spoiled = False
+            if self._pipeline is not None:
+                self._pipeline.restart(self._order)
+        except _FAILURES as error:
+            self._fail(error)
+
     def _settle(self) -> None:
         if self._pipeline is not None:
             error = self._pipeline.settle()
             self._error = self._error or error
 
-    def _attempt(self, item: Update | _Commit) -> None:
+    def _attempt(self, item: Update | _Measure | _Commit) -> None:
         try:
             if isinstance(item, Update):
                 self._update(item)
+            elif isinstance(item, _Measure):
+                self._measure(item.owner, item.gradient)
             else:
                 self._finish_step(item)
         except _FAILURES as error:
@@ -217,26 +295,49 @@ class Updater:
         self._settle()
         self._on_error(error)
 
-    def _drop(self, item: Update | _Commit) -> None:
+    def _drop(self, item: Update | _Measure | _Commit) -> None:
+        if isinstance(item, _Measure) or (isinstance(item, Update) and not item.measured):
+            self._norms.miss()
         if isinstance(item, Update):
             # The copy into it may not have ended.
             item.gradient.arrived.wait()
             item.gradient.host.release()
-            if self._residents is None:
+            if self._residents is None and item.weights is not None:
                 item.weights.release()
+
+    def _measure(self, owner: str, gradient: FinishedGradient) -> bool:
+        """Note the gradient's squared norm; return whether it is finite."""
+        try:
+            began_s = time.perf_counter()
+            gradient.arrived.wait()
+            waited_s = time.perf_counter()
+            if waited_s - began_s > 1e-4:
+                self._trace.add("stall", "update waits for a gradient", began_s, waited_s)
+            memory = self._host.view(gradient.host, 0, gradient.numel * gradient.dtype.itemsize)
+            flat = view_elements(memory, gradient.dtype, gradient.numel)
+            with self._trace.span(owner, "norm", elements=gradient.numel):
+                squared, is_finite = squared_norm(flat, num_threads=self._num_threads)
+        except _FAILURES as error:
+            # Before whoever waits for the norm goes on.
+            self._error = self._error or error
+            self._norms.miss()
+            raise
+        self._norms.put(owner, squared, is_finite=is_finite)
+        return is_finite
 
     def _update(self, update: Update) -> None:
         record = self._records[update.owner]
         layout = record.layout
-        began_s = time.perf_counter()
-        update.gradient.arrived.wait()
-        waited_s = time.perf_counter()
-        if waited_s - began_s > 1e-4:
-            self._trace.add("stall", "update waits for a gradient", began_s, waited_s)
+        if not update.measured and not self._measure(update.owner, update.gradient):
+            self._spoiled = True
+        if self._spoiled:
+            self._give_back(update)
+            return
         numel = layout.trainable_numel
         dtype = update.gradient.dtype
         gradient = self._host.view(update.gradient.host, 0, numel * dtype.itemsize)
-        weights = self._host.view(update.weights, 0, record.weights_nbytes)
+        lease = update.weights or self._weights_of(update.owner)
+        weights = self._host.view(lease, 0, record.weights_nbytes)
         for chunk in record.format.optimizer_chunks(numel):
             memory = self._chunk_memory(update.owner, chunk)
             with self._trace.span(update.owner, "update", elements=chunk.numel):
@@ -245,16 +346,29 @@ class Updater:
                     layout.trainable,
                     update.settings,
                     step=update.step,
+                    grad_scale=update.grad_scale,
                     num_threads=self._num_threads,
                 )
             if self._pipeline is not None:
                 self._pipeline.write_back(update.owner, chunk)
         update.gradient.host.release()
         if self._pipeline is not None:
-            self._pipeline.write_weights(update.owner, update.weights)
+            self._pipeline.write_weights(update.owner, lease)
         if self._residents is not None:
             self._residents.mark_dirty(update.owner)
-            self._on_updated(update.owner, update.weights)
+            self._on_updated(update.owner, lease)
+
+    def _give_back(self, update: Update) -> None:
+        """Leave a record as it is, in a step of which nothing will be kept."""
+        update.gradient.host.release()
+        assert update.weights is not None
+        self._on_updated(update.owner, update.weights)
+
+    def _weights_of(self, owner: str) -> Lease:
+        if self._residents is not None:
+            return self._residents.weights(owner)
+        assert self._pipeline is not None
+        return self._pipeline.take_weights(owner)
 
     def _chunk_memory(self, owner: str, chunk: OptimizerChunk) -> memoryview:
         if self._residents is not None:

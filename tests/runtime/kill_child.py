@@ -3,7 +3,8 @@
 One interpreter imports torch once and forks a process for each attempt, which is what dies: a fork
 takes milliseconds, an import seconds. Lines of JSON on stdin, lines of words on stdout:
 
-    {"disk": DIR, "steps": N, "die": [POINT, COUNT] or null, "hold": BOOL}  ->  pid P, step I LOSS, ..., end
+    {"disk": DIR, "steps": N, "die": [POINT, COUNT] or null, "hold": BOOL, "settings": {...}}
+                                                                ->  pid P, step I LOSS, ..., end
     {}  (wait for the process and say how it ended)             ->  exit STATUS
 
 A POINT is one of `POINTS`; the process kills itself when it comes there for the COUNT-th time after
@@ -29,7 +30,7 @@ import offload.compose
 from offload.store import list_runs, remove_run
 from offload.store.rundir import RunDirectory
 
-POINTS = ("import", "write", "before sync", "after sync", "before rename", "after rename")
+POINTS = ("import", "backward", "write", "before sync", "after sync", "before rename", "after rename")
 
 NAME = "gpt2"
 
@@ -98,16 +99,18 @@ def committed_run(disk: str) -> str | None:
     return None
 
 
-def train(disk: str, steps: int, trap: Trap) -> None:
+def train(disk: str, steps: int, trap: Trap, settings: dict[str, Any]) -> None:
     run_id = committed_run(disk)
     model = build(NAME)
     # A fork seeds `random` anew, and all generators are part of what is committed.
     random.seed(5)
     torch.manual_seed(5)
-    with offload.attach(model, disk=[disk], run_id=run_id, resume=run_id is not None, **SETTINGS) as runtime:
+    chosen = {**SETTINGS, **settings, "run_id": run_id, "resume": run_id is not None}
+    with offload.attach(model, disk=[disk], **chosen) as runtime:
         for step in range(runtime.global_step, steps):
             loss = loss_of(NAME, model, make_batch(NAME, step))
             loss.backward()
+            trap.passing("backward")
             runtime.step({"next": step + 1})
             print("step", step, loss.item().hex(), flush=True)
             trap.armed = True
@@ -118,7 +121,7 @@ def attempt(order: dict[str, Any]) -> None:
     trap = Trap(*(order["die"] or ("nowhere", 0)))
     set_trap(trap)
     try:
-        train(order["disk"], order["steps"], trap)
+        train(order["disk"], order["steps"], trap, order["settings"])
     finally:
         print("end", flush=True)
 

@@ -73,6 +73,7 @@ class Run:
     Attributes:
         import_s: from the start of an attempt to its first step.
         step_s: of one step.
+        settings: options of the run beside the toy models'.
     """
 
     trainer: Trainer
@@ -80,6 +81,7 @@ class Run:
     import_s: float = 0.0
     step_s: float = 0.0
     losses: dict[int, set[str]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def attempt(self, *, kill_at: float | None = None, die: tuple[str, int] | None = None) -> int:
         """Train until the end or the kill and return the exit status.
@@ -89,7 +91,7 @@ class Run:
                 has passed; -0.3 kills 0.7 of the way to the first step.
             die: a point where the process ends itself.
         """
-        self.trainer.send(disk=str(self.disk), steps=STEPS, die=die, hold=kill_at is not None)
+        self._order(die=die, hold=kill_at is not None)
         started = self.trainer.line()
         assert started is not None and started[0] == "pid"
         if kill_at is not None:
@@ -105,7 +107,7 @@ class Run:
     def measure(self) -> None:
         """Train to the end, and note how long that takes."""
         times_s = [time.monotonic()]
-        self.trainer.send(disk=str(self.disk), steps=STEPS, die=None, hold=False)
+        self._order(die=None, hold=False)
         while (words := self.trainer.line()) != ["end"]:
             self._note(words)
             times_s.append(time.monotonic())
@@ -114,6 +116,9 @@ class Run:
         # The first line is its number.
         self.import_s = times_s[2] - times_s[0]
         self.step_s = (times_s[-1] - times_s[2]) / (STEPS - 1)
+
+    def _order(self, **order: Any) -> None:
+        self.trainer.send(disk=str(self.disk), steps=STEPS, settings=self.settings, **order)
 
     def _wait_until(self, moment: float) -> None:
         whole = math.floor(moment)
@@ -159,6 +164,17 @@ def expected(unbroken: Run) -> Any:
     return unbroken.result()
 
 
+# Updates run between passes, overlapped with the next forward.
+PARKED = {"max_grad_norm": 0.25}
+
+
+@pytest.fixture(scope="module")
+def parked(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    run = Run(trainer, tmp_path_factory.mktemp("parked"), settings=PARKED)
+    run.measure()
+    return run.result()
+
+
 def test_a_run_killed_at_random_moments_ends_like_an_unbroken_one(
     trainer: Trainer, unbroken: Run, expected: Any, tmp_path: Path
 ) -> None:
@@ -194,3 +210,27 @@ def test_a_run_that_dies_at_a_point_ends_like_an_unbroken_one(
     assert run.attempt(die=point) == -signal.SIGKILL
     assert run.attempt() == 0
     assert run.result() == expected
+
+
+def test_clipping_changes_the_run(expected: Any, parked: Any) -> None:
+    assert parked[2] != expected[2]
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        ("backward", 1),  # every gradient is there, nothing was updated
+        ("write", 1),  # the first of the updates
+        ("write", 4),  # in the middle of them
+        ("before sync", 2),
+        ("after rename", 1),
+    ],
+    ids=lambda point: f"{point[0]} {point[1]}",
+)
+def test_a_run_that_parks_gradients_and_dies_ends_like_an_unbroken_one(
+    trainer: Trainer, parked: Any, tmp_path: Path, point: tuple[str, int]
+) -> None:
+    run = Run(trainer, tmp_path, settings=PARKED)
+    assert run.attempt(die=point) == -signal.SIGKILL
+    assert run.attempt() == 0
+    assert run.result() == parked
