@@ -11,9 +11,6 @@
 namespace offload::adam {
 namespace {
 
-// Elements of a step of the loop: a cache line of fp32.
-inline constexpr std::size_t kStride = 16;
-
 template <typename V, typename Gradient, bool kSplit>
 struct Cursor {
   const Gradient* gradient;
@@ -67,16 +64,7 @@ void UpdateTail(const Constants<V>& c, const Cursor<V, Gradient, kSplit>& at, st
 template <typename V, typename Gradient, bool kSplit>
 void UpdateRange(Constants<V> c, const Cursor<V, Gradient, kSplit>& all, std::size_t begin,
                  std::size_t end) {
-  static_assert(kStride % V::kLanes == 0);
   std::size_t i = begin;
-  for (; i + kStride <= end; i += kStride) {
-    const Cursor<V, Gradient, kSplit> at = all.From(i);
-    Prefetch(at.gradient);
-    at.masters.PrefetchLine();
-    Prefetch(at.exp_avg);
-    Prefetch(at.exp_avg_sq);
-    for (std::size_t j = 0; j < kStride; j += V::kLanes) UpdateOne(c, at.From(j));
-  }
   for (; i + V::kLanes <= end; i += V::kLanes) UpdateOne(c, all.From(i));
   if (i < end) UpdateTail(c, all.From(i), end - i);
 }

@@ -63,15 +63,6 @@ typename V::Floats CanonicalNans(typename V::Floats x) {
   return V::Select(V::IsNan(x), nan, x);
 }
 
-// How far ahead of use a cache line is asked for. The processor's own prefetchers stop at the end
-// of a 4 KiB page, and with four fp32 arrays there is such an end every 256 elements.
-inline constexpr std::size_t kPrefetchNbytes = 1024;
-
-template <typename Element>
-void Prefetch(const Element* at) {
-  __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchNbytes, 0, 3);
-}
-
 // Where the weights are: fp32 masters, or their high halves and residuals.
 template <typename V, bool kSplit>
 struct Masters {
@@ -89,11 +80,6 @@ struct Masters {
     } else {
       return V::Load(weights);
     }
-  }
-
-  void PrefetchLine() const {
-    Prefetch(weights);
-    if constexpr (kSplit) Prefetch(residual);
   }
 
   void Store(typename V::Floats master) const {
