@@ -54,7 +54,7 @@ ALIASES = {
 
 # Keys a user may expect and will not find: what happens instead.
 ELSEWHERE = {
-    "max_grad_norm": "gradients are not clipped: every unit is updated as soon as its gradient is ready",
+    "max_grad_norm": "gradients are not clipped; in your own loop offload.attach(max_grad_norm=1.0) does",
     "save_steps": "every step is committed, so a run resumes from its last step; there is nothing to set",
     "resume_from_checkpoint": "the run in output_dir is resumed whenever there is one",
     "gradient_checkpointing": "every unit is always recomputed in the backward pass",
@@ -149,6 +149,12 @@ class FinetuneConfig(BaseModel):
     adam_beta1: Fraction = Field(0.9, description="AdamW beta1.")
     adam_beta2: Fraction = Field(0.999, description="AdamW beta2.")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW epsilon.")
+    on_non_finite: Literal["skip", "stop"] = Field(
+        "stop", description="What to do when a loss or gradient is not finite: skip the batch, or stop."
+    )
+    max_non_finite_steps: Positive = Field(
+        3, description="Batches skipped in a row before the run stops after all."
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Seed of data order and dropout.")
 
     device: Literal["cpu", "cuda"] | None = Field(

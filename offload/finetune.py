@@ -1,8 +1,9 @@
 """The loop of `offload finetune`: read, attach, learn, commit, export; resume when there is a run.
 
-The step is the whole position: the batch and the learning rate of step n are functions of the
-configuration and n, weights and random state come from the commit, so a resumed run computes what an
-unbroken one does.
+The step and the number of batches seen are the whole position: the learning rate of step n and batch m
+are functions of the configuration, n and m; weights and random state come from the commit, so a resumed
+run computes what an unbroken one does. The two numbers differ by the batches that were skipped because
+something was not finite.
 
 Invariants: everything the user can get wrong is checked before a directory is made; a start that
 fails before its first commit leaves nothing behind; training ends on a committed step.
@@ -31,7 +32,7 @@ from .checkpoint import ExportOptions, check_export_target, export
 from .compose import attach
 from .config import FinetuneConfig
 from .data import Batches, Rows, find_files, pack_rows, read_texts, split_rows
-from .errors import ConfigError, OffloadError, StateError
+from .errors import ConfigError, OffloadError
 from .hf import PretrainedSource, load_tokenizer, open_pretrained
 from .optim import AdamWOptions
 from .options import RuntimeOptions
@@ -40,6 +41,7 @@ from .progress import Progress, StepReport, format_amount
 from .runtime import Runtime
 from .signals import StopRequest
 from .sizes import format_bytes, format_time
+from .spikes import LossSpikes
 from .trace import Tracer
 
 __all__ = ["FinetuneResult", "finetune", "learning_rates"]
@@ -243,6 +245,8 @@ def _options(job: _Job, pointer: RunPointer, *, resume: bool) -> RuntimeOptions:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         ),
+        on_non_finite=config.on_non_finite,
+        max_non_finite_steps=config.max_non_finite_steps,
         run_id=pointer.run_id,
         resume=resume,
         io_engine=config.io_engine,
@@ -289,22 +293,27 @@ def _take_steps(
     job: _Job, runtime: Runtime, output: OutputDirectory, progress: Progress, stop: StopRequest
 ) -> None:
     every = job.config.eval_steps
+    spikes = LossSpikes(record["loss"] for record in _records(output) if "loss" in record)
+    # Runs from before batches could be skipped have seen one a step.
+    num_batches = int(runtime.state.get("batches", runtime.global_step))
     before = runtime.stats()
     began_s = monotonic()
-    for step in range(runtime.global_step, job.num_steps):
+    while runtime.global_step < job.num_steps:
+        step = runtime.global_step
         rate = job.learning_rate(step)
         for group in runtime.optimizer.param_groups:
             group["lr"] = rate
-        batch = job.batches.batch(step).to(job.device)
-        loss = job.model(input_ids=batch, labels=batch, use_cache=False).loss
-        value = float(loss.detach())
-        # Before backward: units are updated there, so a step that went wrong must not begin it.
-        if not math.isfinite(value):
-            raise StateError(
-                f"the loss of step {step + 1} is {value}; nothing of this step was applied: "
-                "lower learning_rate, or look at the data, and resume"
-            )
-        loss.backward()
+        batch = job.batches.batch(num_batches).to(job.device)
+        num_batches += 1
+        value, problem = _backward(job, runtime, batch)
+        if problem:
+            output.append_metrics({"step": step + 1, "batch": num_batches, "not_finite": problem})
+            progress.line(f"step {step + 1}, batch {num_batches}: {problem}")
+            runtime.give_up_step(problem)
+            progress.line(f"skipped batch {num_batches}; nothing of it was applied")
+            if stop.requested:
+                return
+            continue
         after = runtime.stats()
         now_s = monotonic()
         report = StepReport(
@@ -317,14 +326,38 @@ def _take_steps(
             written_nbytes=after.disk_written_nbytes - before.disk_written_nbytes,
         )
         before, began_s = after, now_s
+        spike = spikes.check(value)
         # Before the commit: a step that is committed then always has its record.
-        output.append_metrics(_record(job, report))
-        runtime.step({"step": step + 1})
+        output.append_metrics({**_record(job, report), "grad_norm": runtime.grad_norm})
+        runtime.step({"step": step + 1, "batches": num_batches})
         progress.step(report)
+        if spike is not None:
+            progress.line(
+                f"warning: the loss of step {step + 1} jumped to {value:.4f}; the median of the last"
+                f" {spike.num_losses} is {spike.median:.4f}"
+            )
         if stop.requested:
             return
         if step + 1 == job.num_steps or (every is not None and (step + 1) % every == 0):
             _evaluate(job, runtime, output, progress)
+
+
+def _backward(job: _Job, runtime: Runtime, batch: torch.Tensor) -> tuple[float, str]:
+    """Compute the batch's loss and gradients; return the loss, and what is not finite, if anything."""
+    loss = job.model(input_ids=batch, labels=batch, use_cache=False).loss
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        return value, f"the loss is {value}"
+    loss.backward()
+    if not math.isfinite(runtime.measure_gradients()):
+        return value, f"the loss is {value:.4f}, and a gradient is not finite"
+    return value, ""
+
+
+def _records(output: OutputDirectory) -> list[dict[str, Any]]:
+    if not output.metrics.exists():
+        return []
+    return [json.loads(line) for line in output.metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def _record(job: _Job, report: StepReport) -> dict[str, Any]:
@@ -358,8 +391,7 @@ def _evaluate(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Pr
 
 
 def _report(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Progress) -> None:
-    records = [json.loads(line) for line in output.metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [record for record in records if "loss" in record]
+    steps = [record for record in _records(output) if "loss" in record]
     if steps:
         seconds = sum(record["seconds"] for record in steps)
         rate = sum(record["num_tokens"] for record in steps) / max(seconds, 1e-9)

@@ -63,6 +63,7 @@ LAYERS = (
     "output",
     "signals",
     "progress",
+    "spikes",
     "finetune",
     "generate",
     "report",
