@@ -218,7 +218,7 @@ def test_the_smallest_budgets_compute_the_same_bits(accumulation: int, tmp_path:
 
 
 def test_weights_are_read_for_the_update_and_not_again_for_the_forward(tmp_path: Path) -> None:
-    """At best 14 bytes per parameter: weights twice (2 + 2) and optimizer records (10)."""
+    """Optimizer records once, weights about twice: for the update, which hands them on, and for backward."""
     model = build(NAME)
     with offload.attach(model, disk=[tmp_path], max_grad_norm=TIGHT, **SETTINGS) as runtime:
         records = runtime._parts.records.values()
@@ -233,8 +233,9 @@ def test_weights_are_read_for_the_update_and_not_again_for_the_forward(tmp_path:
         runtime.synchronize()
         stats = runtime.stats()
     read = stats.disk_read_nbytes / stats.steps
-    # An update that ends long before its forward visit hands its buffer to nobody: weights once more.
-    assert optimizer + 2 * weights <= read <= optimizer + 3 * weights
+    # Less than twice: the last units of forward are the first of backward. More: an update that ends long
+    # before its forward visit hands its buffer to nobody, and its weights are read once more.
+    assert optimizer + weights <= read < optimizer + 3 * weights
     assert stats.disk_written_nbytes == (optimizer + weights) * stats.steps
 
 
