@@ -25,7 +25,10 @@ std::shared_ptr<File> Engine::open(std::string path, Mode mode, int dir_fd, bool
   check_process();
   std::shared_ptr<File> file =
       File::open(std::move(path), mode, dir_fd, try_direct ? &trials_ : nullptr);
+  CreatedName name(dir_fd, file->path());
+  if (mode != Mode::kCreate) name.keep();
   (void)lane_of(file->device());  // a ring that cannot be had is an error here, not at submit
+  name.keep();
   return file;
 }
 

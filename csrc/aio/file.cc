@@ -43,6 +43,10 @@ struct stat stat_checked(int fd, const std::string& path) {
 
 }  // namespace
 
+CreatedName::~CreatedName() noexcept {
+  if (!kept_) (void)::unlinkat(dir_fd_, path_.c_str(), 0);
+}
+
 File::Pin::Pin(std::shared_ptr<File> file) : file_(std::move(file)) {
   // Before the lock: in a forked child a thread that is no more may hold it.
   if (::getpid() != file_->owner_) {
@@ -72,6 +76,8 @@ std::shared_ptr<File> File::open(std::string path, Mode mode, int dir_fd, Direct
   opened.writable = mode != Mode::kRead;
   // O_NONBLOCK so that a FIFO does not block here until someone writes to it.
   opened.buffered = open_checked(path, dir_fd, access | create | kFlags | O_NONBLOCK);
+  CreatedName name(dir_fd, path);
+  if (mode != Mode::kCreate) name.keep();
   const struct stat info = stat_checked(opened.buffered.get(), path);
   if (!S_ISREG(info.st_mode)) {
     throw IoError({"open", path, S_ISDIR(info.st_mode) ? EISDIR : EINVAL, "not a regular file"});
@@ -99,7 +105,9 @@ std::shared_ptr<File> File::open(std::string path, Mode mode, int dir_fd, Direct
     // Advice only, so its result does not matter. See [Note: two descriptors].
     (void)::posix_fadvise(opened.buffered.get(), 0, 0, POSIX_FADV_RANDOM);
   }
-  return std::shared_ptr<File>(new File(std::move(path), std::move(opened)));
+  std::shared_ptr<File> file(new File(std::move(path), std::move(opened)));
+  name.keep();
+  return file;
 }
 
 File::File(std::string path, Opened opened)

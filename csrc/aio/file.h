@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "aio/direct.h"
 #include "aio/fd.h"
@@ -16,6 +17,23 @@
 namespace offload::aio {
 
 enum class Mode { kRead, kReadWrite, kCreate };
+
+// Removes a file that was just created, unless it is kept: an open that fails half-way can then be
+// tried again.
+class CreatedName {
+ public:
+  CreatedName(int dir_fd, std::string path) : dir_fd_(dir_fd), path_(std::move(path)) {}
+  CreatedName(const CreatedName&) = delete;
+  CreatedName& operator=(const CreatedName&) = delete;
+  ~CreatedName() noexcept;
+
+  void keep() noexcept { kept_ = true; }
+
+ private:
+  const int dir_fd_;
+  const std::string path_;
+  bool kept_ = false;
+};
 
 // Thread-safe. Shared by the Python handle and the requests in flight; the descriptors close when
 // close() has seen the last Pin go, or with the object.

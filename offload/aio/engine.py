@@ -122,7 +122,7 @@ class Engine(Protocol):
         """Open `path`: `r` to read, `r+` to read and write, `x+` to create (0600, must not exist).
 
         Symbolic links are not followed (O_NOFOLLOW) and only regular files are accepted. With
-        `dir_fd` the path is relative to that directory.
+        `dir_fd` the path is relative to that directory. A failing `x+` leaves no file behind.
 
         Raises:
             StorageError: with the errno of the failing call.
