@@ -18,9 +18,11 @@ import asyncio
 import concurrent.futures
 import errno
 import math
+import operator
 import os
 import threading
 import time
+import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -56,7 +58,8 @@ class PortableRequest(Transfer):
         self._file = file
         self._pid = os.getpid()
         self._finished_s: float | None = None
-        self._future: concurrent.futures.Future[int] = concurrent.futures.Future()
+        # Of nothing: an exception raised from it again and again would grow by a traceback each time.
+        self._future: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.memory = memory
         self.fd = file.acquire()
 
@@ -69,7 +72,7 @@ class PortableRequest(Transfer):
         if self._is_forked():
             return self._result()
         try:
-            return self._future.result(
+            self._future.result(
                 None if timeout_s is None else min(max(timeout_s, 0.0), threading.TIMEOUT_MAX)
             )
         except TimeoutError:
@@ -80,6 +83,7 @@ class PortableRequest(Transfer):
                 offset_bytes=self.file_offset,
                 asked_nbytes=self.nbytes,
             ) from None
+        return self._result()
 
     def done(self) -> bool:
         return self._finished_s is not None if self._is_forked() else self._future.done()
@@ -99,11 +103,7 @@ class PortableRequest(Transfer):
         self.memory.release()
         self._file.release()
         self._finished_s = time.perf_counter()
-        outcome = self.outcome()
-        if isinstance(outcome, StorageError):
-            self._future.set_exception(outcome)
-        else:
-            self._future.set_result(outcome)
+        self._future.set_result(None)
 
     def _is_forked(self) -> bool:
         """Whether this is a child, where a thread of the parent may hold the future's lock for ever."""
@@ -148,8 +148,13 @@ class PortableEngine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         # A daemon: an engine that nobody closed must not keep the interpreter from ending.
-        self._thread = threading.Thread(target=self._loop.run_forever, name="offload-portable", daemon=True)
+        self._thread = threading.Thread(
+            target=_serve, args=(self._loop,), name="offload-portable", daemon=True
+        )
         self._thread.start()
+        # Work in flight holds the engine, so one that is dropped is idle. A child has no such thread.
+        self._drop = weakref.finalize(self, _end, self._loop, self._pool, self._pid)
+        self._drop.atexit = False
 
     def open(self, path: str, mode: OpenMode = "r", *, dir_fd: int | None = None) -> PortableFile:
         self._check_usable()
@@ -166,7 +171,7 @@ class PortableEngine:
             raise StateError(f"{file.path} is open for reading; open it with mode 'r+' to write")
         with self._lock:
             self._check_usable()
-            request = PortableRequest(self, op, file, memory, file_offset)
+            request = PortableRequest(self, op, file, memory, operator.index(file_offset))
             if request.ended:
                 request.finish()
             else:
@@ -200,11 +205,9 @@ class PortableEngine:
             self._closed = True
             self._idle.wait_for(lambda: self._queue.num_open == 0)
         with self._ending:
-            if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join()
-                self._loop.close()
-                self._pool.shutdown()
+            self._drop()
+            self._thread.join()
+            self._pool.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -263,3 +266,18 @@ class PortableEngine:
                 # The pool takes no more work: the interpreter is ending.
                 return -errno.ECANCELED
         return moved
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run the loop until it is stopped; on a thread of its own."""
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop, pool: concurrent.futures.ThreadPoolExecutor, pid: int) -> None:
+    """Let an idle engine's threads go, on whatever thread that is; waits for none of them."""
+    if os.getpid() == pid:
+        loop.call_soon_threadsafe(loop.stop)
+        pool.shutdown(wait=False)

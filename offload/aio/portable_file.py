@@ -32,7 +32,7 @@ class PortableFile:
     _fd = -1  # until it is open; __del__ sees this when it never was
 
     def __init__(self, path: str, mode: OpenMode, dir_fd: int | None) -> None:
-        self.path = os.fspath(path)
+        self.path = os.fsdecode(path)
         self.direct = False
         self.writable = mode != "r"
         self._pid = os.getpid()

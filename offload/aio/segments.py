@@ -13,6 +13,7 @@ Thread rule: none of its own; the engine calls it under its lock. Nothing here d
 from __future__ import annotations
 
 import errno
+import operator
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -182,6 +183,8 @@ def checked_memory(op: Op, buffer: Buffer, file_offset: int, nbytes: int | None)
     """Return the bytes of `buffer` to transfer, after checking what `Engine.submit` promises to check."""
     if op not in ("read", "write"):
         raise ValueError(f"op must be 'read' or 'write', not {op!r}")
+    # What is no whole number must fail here, not where the system call is made; and those of numpy wrap.
+    file_offset = operator.index(file_offset)
     if file_offset < 0:
         raise ValueError(f"file_offset must be >= 0, not {file_offset}")
     whole = memoryview(buffer)
@@ -189,7 +192,7 @@ def checked_memory(op: Op, buffer: Buffer, file_offset: int, nbytes: int | None)
         raise BufferError("the buffer must be contiguous")
     if op == "read" and whole.readonly:
         raise BufferError("a read needs a writable buffer")
-    asked = whole.nbytes if nbytes is None else nbytes
+    asked = whole.nbytes if nbytes is None else operator.index(nbytes)
     if not 0 <= asked <= whole.nbytes:
         raise ValueError(f"nbytes must be 0 to {whole.nbytes}, the buffer's size, not {asked}")
     if file_offset + asked >= 1 << 63:

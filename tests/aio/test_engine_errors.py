@@ -8,6 +8,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_workbench import QUEUE_DEPTH, SEGMENT_NBYTES, Drive, View, aligned, pattern
@@ -290,3 +291,46 @@ def test_a_closed_engine_refuses_everything(engine: Engine, tmp_path: Path) -> N
             with pytest.raises(StateError, match="closed"):
                 call()
         assert file.size_nbytes == 0
+
+
+@pytest.mark.parametrize(("offset", "nbytes"), [(0.0, None), (0, 4.0), ("0", None)])
+def test_extents_that_are_no_whole_numbers_are_type_errors(
+    engine: Engine, tmp_path: Path, view: View, offset: Any, nbytes: Any
+) -> None:
+    view.write_file(tmp_path / "data", pattern(10))
+    with engine.open(str(tmp_path / "data")) as file, pytest.raises(TypeError):
+        engine.submit("read", file, bytearray(10), offset, nbytes)
+
+
+def test_a_failure_that_is_waited_for_often_does_not_grow(engine: Engine, tmp_path: Path, view: View) -> None:
+    view.write_file(tmp_path / "data", b"short")
+    depths = []
+    with engine.open(str(tmp_path / "data")) as file:
+        request = engine.submit("read", file, bytearray(10), 0)
+        for _ in range(5):
+            with pytest.raises(StorageError) as caught:
+                request.wait()
+            depths.append(len(caught.traceback))
+    assert len(set(depths)) == 1
+
+
+@pytest.mark.usefixtures("real_files")
+def test_a_failing_x_leaves_no_file_behind(engine: Engine, tmp_path: Path) -> None:
+    engine.open(str(tmp_path / "first"), "x+").close()  # what is tried once a drive has been
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]  # fills the gaps below the last
+    errors = []
+    try:
+        for room in range(3):
+            # The next descriptor is the one after the last: so many of them are left.
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1 + room, hard))
+            try:
+                engine.open(str(tmp_path / "new"), "x+").close()
+                break
+            except StorageError as error:
+                errors.append((error.errno, (tmp_path / "new").exists()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in held:
+            os.close(fd)
+    assert set(errors) == {(errno.EMFILE, False)}

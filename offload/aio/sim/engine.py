@@ -100,9 +100,11 @@ class SimRequest(Transfer):
             while self._result is None:
                 if not self._disk.step(until_s):
                     self._give_up(timeout_s)
-            if isinstance(self._result, StorageError):
-                raise self._result
-            return self._result
+            # Made anew: one that is raised again and again would grow by a traceback each time.
+            outcome = self.outcome()
+            if isinstance(outcome, StorageError):
+                raise outcome
+            return outcome
 
     def done(self) -> bool:
         with self._disk.lock:
