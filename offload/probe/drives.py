@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 
 from ..aio import EngineName, open_engine
 from ..aio.engine import Engine, Op, Request
+from ..aio.memory import map_pages
 from ..errors import PlanError
 from ..sizes import align_down, format_bytes
 from .content import BLOCK_NBYTES, PERIOD_NBYTES
@@ -37,16 +38,11 @@ from .shape import Requests, plan_requests, regions_of
 
 __all__ = ["DriveRunner", "cpu_time_s", "transfer_memory"]
 
-# From this size on the kernel can use huge pages, as for the arenas of a training run.
-_HUGE_PAGE_NBYTES = 2 << 20
-
 
 def transfer_memory(nbytes: int) -> memoryview:
     """Return page-aligned memory of `nbytes`, every page touched. It lives as long as the view."""
-    memory = mmap.mmap(-1, nbytes)
-    if nbytes >= _HUGE_PAGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    view = memoryview(memory)
+    # As the arenas of a training run have it: in huge pages, which spare much of what a transfer costs.
+    view = memoryview(map_pages(nbytes))
     for start in range(0, nbytes, mmap.PAGESIZE):
         view[start] = 0
     return view

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,6 +218,19 @@ def test_a_setting_without_room_is_refused(threads, make_file, memory):
     assert runner.plan(work("read", block=8 * MIB, depth=32)) is None
     with pytest.raises(PlanError, match=r"32 operations of 8.0 MiB on 1 drive"):
         runner.run(work("read", block=8 * MIB, depth=32), min_s=0)
+
+
+def test_transfer_memory_is_private_as_that_of_a_run():
+    memory = transfer_memory(4 * MIB)
+    address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        extent, access, *_, last = line.split()
+        start, end = (int(number, 16) for number in extent.split("-"))
+        if start <= address < end:
+            # Shared memory would be a deleted /dev/zero, and gets no huge pages.
+            assert (access, last) == ("rw-p", "0")
+            return
+    raise AssertionError("the memory is not mapped")
 
 
 def test_transfer_memory_is_page_aligned():
