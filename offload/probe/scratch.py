@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 from uuid import uuid4
@@ -106,17 +107,16 @@ class ScratchFile:
         except OSError as error:
             raise _refused(self.directory, error) from error
         try:
-            try:
-                self.file = self._engine.open(name, "x+", dir_fd=folder)
-            except DiskFullError:
-                raise
-            except StorageError as error:
-                raise _refused(self.directory, error) from error
-            try:
+            # Around the open too: Ctrl-C during it is raised when the name is there and nobody has the file.
+            with _unlinked(name, folder):
+                try:
+                    self.file = self._engine.open(name, "x+", dir_fd=folder)
+                except DiskFullError:
+                    raise
+                except StorageError as error:
+                    raise _refused(self.directory, error) from error
                 # Ours, for the page cache only; the engine keeps its descriptors to itself.
                 self._cache_fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
-            finally:
-                os.unlink(name, dir_fd=folder)
             self.device_id = os.fstat(self._cache_fd).st_dev
             self.file.allocate(self.nbytes)
         except BaseException:
@@ -235,6 +235,19 @@ class ScratchFile:
     def _counts(self, buffer: memoryview, offset_bytes: int) -> Counts:
         first = offset_bytes // BLOCK_NBYTES
         return self.counts[first : first + buffer.nbytes // BLOCK_NBYTES]
+
+
+@contextmanager
+def _unlinked(name: str, folder: int) -> Iterator[None]:
+    """Remove a name at the end, if there is one by then."""
+    try:
+        yield
+    except BaseException:
+        # What went wrong counts, and a file system that cannot be written to refuses this as well.
+        with suppress(OSError):
+            os.unlink(name, dir_fd=folder)
+        raise
+    os.unlink(name, dir_fd=folder)
 
 
 def _device_of(directory: str) -> int:

@@ -126,6 +126,18 @@ def test_a_failed_allocation_leaves_nothing_behind(threads, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StorageError("no descriptor", errno=errno.EMFILE)])
+def test_a_file_made_by_an_open_that_never_returned_is_removed(tmp_path, error):
+    class Engine:
+        def open(self, name, mode, *, dir_fd):
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL, dir_fd=dir_fd))
+            raise error
+
+    with pytest.raises(type(error)):
+        ScratchFile(Engine(), str(tmp_path), 8 * MIB)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_existing_files_are_left_alone(threads, tmp_path):
     (tmp_path / "offload-bench-mine").write_text("mine")
     with ScratchFile(threads, str(tmp_path), 8 * MIB):
