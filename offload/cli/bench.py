@@ -217,23 +217,49 @@ def _run(
     from ..report.document import to_json
     from ..report.outputs import keep_machine, write_files
     from ..report.sections import sections_of
-    from ..report.terminal import print_sections
+    from ..report.terminal import print_sections, printable
 
     with _progress(sys.stderr.isatty() and not quiet) as progress, _fewer_messages("offload.aio", debug):
         result = run_bench(directories, options, progress)
-    if json_alone:
-        sys.stdout.write(to_json(result))
-    elif not quiet:
-        print_sections(sections_of(result))
-    # The setting first: a full disk under a picture must not cost the measurement.
-    last = keep_machine(result, outputs)
-    write_files(result, outputs)
-    if outputs.plot is not None:
-        _plot_writer()(result, outputs.plot)
-    if not (json_alone or quiet):
-        typer.echo()
-    if not (json_alone and quiet):
-        typer.echo(last, err=json_alone)
+
+    last: list[str] = []
+
+    def show() -> None:
+        if json_alone:
+            sys.stdout.write(to_json(result))
+        elif not quiet:
+            print_sections(sections_of(result))
+
+    def draw() -> None:
+        if outputs.plot is not None:
+            _plot_writer()(result, outputs.plot)
+
+    def tell() -> None:
+        if not (json_alone or quiet):
+            typer.echo()
+        for line in last if not (json_alone and quiet) else ():
+            typer.echo(printable(line), err=json_alone)
+
+    # The setting first, since every later run depends on it; the line about it last.
+    _do_all(
+        lambda: last.append(keep_machine(result, outputs)),
+        show,
+        lambda: write_files(result, outputs),
+        draw,
+        tell,
+    )
+
+
+def _do_all(*steps: Callable[[], None]) -> None:
+    """Do every step, then raise the first error: a full disk or a closed pipe costs one, not the minutes."""
+    errors: list[OSError] = []
+    for step in steps:
+        try:
+            step()
+        except OSError as error:  # StorageError is one
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @contextlib.contextmanager
@@ -374,6 +400,9 @@ def _outputs(
     if machine is not None and unkept:
         raise ConfigError(f"--machine: {unkept}")
     path = None if unkept else Path(machine) if machine is not None else default_machine_path()
+    if path is not None and os.path.exists(path) and not path.is_file():
+        # Saving replaces what is there: for root /dev/null would be gone.
+        raise ConfigError(f"{path} is no regular file, to keep the setting in; use --no-machine to keep none")
     return Outputs(
         json=Path(json) if json is not None and json != "-" else None,
         markdown=Path(markdown) if markdown is not None else None,

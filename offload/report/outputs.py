@@ -75,7 +75,8 @@ def write_text(path: Path, text: str) -> None:
         StorageError: it cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        # A directory's name may be no UTF-8, and is then shown with the bytes escaped.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}", errno=error.errno or 0, path=str(path)
@@ -83,8 +84,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _use(path: Path) -> str:
-    if path.absolute() == default_machine_path().absolute():
-        return " and used from now on"
+    try:
+        if path.absolute() == default_machine_path().absolute():
+            return " and used from now on"
+    except ConfigError:
+        pass  # there is no home: no other place either
     return f"; runs with {MACHINE_VARIABLE}={path} use it"
 
 

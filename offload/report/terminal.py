@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 
 from .sections import Section, Table
 
-__all__ = ["print_sections", "to_text"]
+__all__ = ["print_sections", "printable", "to_text"]
 
 
 def print_sections(sections: Iterable[Section], stream: TextIO | None = None) -> None:
@@ -26,11 +26,11 @@ def print_sections(sections: Iterable[Section], stream: TextIO | None = None) ->
         return
     console = Console(file=stream, highlight=False)
     for section in sections:
-        console.print(f"\n[bold]{escape(_shown(section.title))}[/bold]")
+        console.print(f"\n[bold]{escape(printable(section.title))}[/bold]")
         if section.facts:
             console.print(_facts(section.facts))
         for line in section.lines:
-            console.print(f"  - {escape(_shown(line))}")
+            console.print(f"  - {escape(printable(line))}")
         for table in section.tables:
             console.print()
             console.print(_rich_table(table))
@@ -49,16 +49,16 @@ def _section_lines(sections: Iterable[Section]) -> Iterator[str]:
     for number, section in enumerate(sections):
         if number:
             yield ""
-        yield _shown(section.title)
+        yield printable(section.title)
         width = max((len(label) for label, _ in section.facts), default=0)
         for label, value in section.facts:
-            yield f"  {label:<{width}}  {_shown(value)}"
+            yield f"  {label:<{width}}  {printable(value)}"
         for line in section.lines:
-            yield f"  - {_shown(line)}"
+            yield f"  - {printable(line)}"
         for table in section.tables:
             yield ""
             yield from _table_lines(table)
-        yield from map(_shown, section.code.splitlines())
+        yield from map(printable, section.code.splitlines())
 
 
 def _table_lines(table: Table) -> Iterator[str]:
@@ -72,7 +72,7 @@ def _table_lines(table: Table) -> Iterator[str]:
         yield ("    " + "  ".join(cells) + mark).rstrip()
 
 
-def _shown(text: str) -> str:
+def printable(text: str) -> str:
     """Return text without what would steer a terminal; a directory may be called anything."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
@@ -82,7 +82,7 @@ def _facts(facts: Iterable[tuple[str, str]]) -> RichTable:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for label, value in facts:
-        grid.add_row(f"  {label}", escape(_shown(value)))
+        grid.add_row(f"  {label}", escape(printable(value)))
     return grid
 
 

@@ -5,6 +5,7 @@ The probe is replaced by one that returns a hand-made result; `test_bench_real.p
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ from offload.machine import IoSetting, load_machine, save_machine
 from offload.probe import run as probe_run
 from offload.probe.options import BenchOptions
 from offload.probe.results import BenchResult
+from offload.report import terminal
 from offload.report.document import SCHEMA
 from offload.sizes import GIB, MIB
 
@@ -250,6 +252,61 @@ def test_a_file_that_cannot_be_written_costs_neither_table_nor_setting(
     code, out, err = call(tmp_path, "--json", "/dev/full")
     assert (code, err) == (74, "error: cannot write /dev/full: No space left on device\n")
     assert "pattern" in out and machine_path.exists()
+
+
+def test_a_setting_that_cannot_be_kept_costs_no_file(
+    call: Call, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OFFLOAD_MACHINE", "/proc/none/machine.json")
+    data, page = tmp_path / "b.json", tmp_path / "b.html"
+    code, out, err = call(tmp_path, "--json", data, "--plot", page)
+    assert (code, err) == (74, "error: cannot write /proc/none/machine.json: No such file or directory\n")
+    assert "pattern" in out and page.exists()
+    assert json.loads(data.read_text())["schema"] == SCHEMA
+
+
+def test_a_reader_that_goes_away_costs_neither_setting_nor_files(
+    call: Call, asked: Asked, tmp_path: Path, machine_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(sections: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(terminal, "print_sections", gone)
+    code, _, err = call(tmp_path, "--json", tmp_path / "b.json")
+    assert code != 0 and "Traceback" not in err
+    assert machine_path.exists() and (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+def test_what_is_no_regular_file_is_not_replaced_by_the_setting(
+    call: Call, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_option: bool
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setenv("OFFLOAD_MACHINE", str(pipe))
+    code, _, err = call(tmp_path, *(["--machine", pipe] if by_option else []))
+    assert (code, asked) == (2, [])
+    assert err.startswith(f"error: {pipe} is no regular file")
+    assert pipe.is_fifo()
+
+
+def test_a_directory_whose_name_is_no_utf8_is_reported(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b[31m")
+    result = small_result()
+    (drive,), (speed,) = result.drives, result.machine.drives
+    odd = replace(
+        result,
+        drives=(replace(drive, path=path),),
+        machine=replace(result.machine, drives=(replace(speed, path=path),)),
+    )
+    monkeypatch.setattr(probe_run, "run_bench", lambda directories, options, progress=None: odd)
+    text = tmp_path / "b.md"
+    code, out, err = call(tmp_path, "--markdown", text)
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out and f"Best for {tmp_path}/??[31m:" in out.splitlines()[-1]
+    assert "\\udcff" in text.read_text()
 
 
 @pytest.mark.parametrize(
