@@ -12,7 +12,6 @@ from .results import DriveFacts
 
 __all__ = ["Traffic", "busy_notes", "drive_notes", "shared_notes", "slow_notes"]
 
-_IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
 _NETWORK = {
     "9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs",
     "lustre", "nfs", "nfs4", "smb3", "smbfs",
@@ -49,7 +48,7 @@ def drive_notes(facts: DriveFacts, options: BenchOptions, drive_name: str | None
         drive_name: of the whole drive, `nvme0n1`; None where there is none.
     """
     notes = []
-    if facts.file_system in _IN_MEMORY:
+    if facts.in_memory:
         notes.append(f"{facts.path} is on {facts.file_system}: these are figures of memory, not of a drive")
     elif facts.file_system in _NETWORK:
         notes.append(
@@ -58,7 +57,7 @@ def drive_notes(facts: DriveFacts, options: BenchOptions, drive_name: str | None
         )
     elif facts.file_system == "overlay":
         notes.append(f"{facts.path} is on overlay, the layer of a container; mount the drive itself there")
-    if not facts.direct and facts.file_system not in _IN_MEMORY:
+    if not facts.direct and not facts.in_memory:
         if not options.direct:
             why = "as asked"
         elif facts.engine == "portable":
@@ -104,11 +103,7 @@ def slow_notes(drives: Sequence[DriveFacts], bytes_per_s: Sequence[float], patte
         bytes_per_s: of each alone, at its best setting.
         pattern: what was measured.
     """
-    rates = {
-        drive.path: rate
-        for drive, rate in zip(drives, bytes_per_s, strict=True)
-        if drive.file_system not in _IN_MEMORY
-    }
+    rates = {drive.path: rate for drive, rate in zip(drives, bytes_per_s, strict=True) if not drive.in_memory}
     fastest = max(rates, key=rates.__getitem__, default="")
     return [
         f"{path} is slow: {pattern} {format_rate(rate)}, and {fastest} "

@@ -175,6 +175,11 @@ class DriveFacts:
     free_nbytes: int
     verified_nbytes: int
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the file system is memory itself, which no drive and no cache stands before."""
+        return self.file_system in ("tmpfs", "ramfs", "devtmpfs")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SustainedPoint:

@@ -159,7 +159,7 @@ def _group(
         meter.begin(seconds, f"{title}: {text}")
 
     result = measure_group(runner, drives, options, settings, told)
-    if result.best is None:
+    if result.best is None and len(drives) == 1:
         raise PlanError(
             f"{title}: no setting can be measured with a file of {format_bytes(runner.files[0].nbytes)} and "
             f"{format_bytes(options.buffer_nbytes)} of buffers; use a larger --size, or smaller "

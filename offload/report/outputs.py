@@ -100,7 +100,7 @@ def _forgotten(result: BenchResult, path: Path) -> str:
         return ""
     except (ConfigError, OSError):
         return " It replaces a file that could not be read."
-    measured = {drive.device for drive in result.drives}
+    measured = {drive.device for drive in result.machine.drives}
     lost = [drive.path for drive in before.drives if drive.device not in measured]
     if not lost:
         return ""

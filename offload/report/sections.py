@@ -191,12 +191,13 @@ def _group_section(result: BenchResult, group: tuple[int, ...]) -> Section:
 def _drive_facts(drive: DriveFacts) -> tuple[tuple[str, str], ...]:
     reason = f" ({drive.engine_reason})" if drive.engine_reason else ""
     cold, dropped = "cold: O_DIRECT bypasses the page cache", "page cache dropped before each read"
+    cache = "never cold: the file system is memory" if drive.in_memory else cold if drive.direct else dropped
     return (
         ("drive", f"{drive.source}, {drive.file_system}, device {drive.device}"),
         ("engine", f"{drive.engine}{reason}"),
         ("O_DIRECT", "yes" if drive.direct else "no"),
-        ("cache", cold if drive.direct else dropped),
-        ("writes", "synced: the flush (fdatasync) counts in their time"),
+        ("cache", cache),
+        ("writes", "synced: the flush (fdatasync) counts in GB/s, not in latencies"),
         ("test file", f"{format_bytes(drive.file_nbytes)}, removed; {format_bytes(drive.free_nbytes)} free"),
         ("verified", f"{format_bytes(drive.verified_nbytes)} read back and compared"),
     )

@@ -171,6 +171,19 @@ def test_what_overwriting_forgets_is_said(
     assert out.splitlines()[-1].endswith("and used from now on.")
 
 
+def test_measuring_the_same_drives_again_forgets_nothing(
+    call: Call, tmp_path: Path, machine_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = small_result()
+    # As in a real run: what is shown is the number of the device, what is kept the file system's own.
+    drives = tuple(replace(drive, device="fsid-1f") for drive in result.machine.drives)
+    again = replace(result, machine=replace(result.machine, drives=drives))
+    monkeypatch.setattr(probe_run, "run_bench", lambda directories, options, progress=None: again)
+    save_machine(again.machine, machine_path)
+    _, out, _ = call(tmp_path)
+    assert out.splitlines()[-1].endswith("and used from now on.")
+
+
 def test_json_alone_on_standard_output(call: Call, asked: Asked, tmp_path: Path) -> None:
     _, out, err = call(tmp_path, "--json", "-")
     assert json.loads(out)["schema"] == SCHEMA

@@ -17,6 +17,8 @@ from offload.machine import IoSetting, file_system_id
 from offload.probe import run
 from offload.probe.results import BenchResult
 from offload.probe.run import BenchOptions, run_bench
+from offload.report.sections import sections_of
+from offload.report.terminal import to_text
 from offload.sizes import KIB, MIB
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,3 +237,25 @@ def test_drives_are_measured_without_torch(run_python, tmp_path):
         "print(len(result.machine.drives), result.machine.device)"
     )
     assert out == "1 None"
+
+
+def test_what_fits_each_drive_but_not_all_at_once_is_a_note(tmp_path):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.mkdir()
+    options = BenchOptions(
+        size_nbytes=16 * MIB,
+        block_nbytes=(2 * MIB,),
+        depths=(1,),
+        buffer_nbytes=8 * MIB,
+        rounds=1,
+        sample_s=0,
+        latency=False,
+        memory=False,
+        device=False,
+    )
+    result = run_bench([str(path) for path in paths], options)
+    assert len(result.machine.drives) == 2
+    assert result.machine.together is None
+    assert [note for note in result.notes if note.startswith("all together: left out")]
+    assert "best setting" in to_text(sections_of(result))

@@ -221,3 +221,11 @@ def test_a_drive_is_found_by_its_path_where_another_has_no_setting() -> None:
 def test_the_hint_names_no_setting_where_none_was_chosen() -> None:
     result = replace(small_result(), machine=replace(machine(1), drives=()))
     assert "--block" not in sections_of(result)[-1].code
+
+
+def test_a_file_system_in_memory_is_never_called_cold() -> None:
+    result = small_result()
+    (drive,) = result.drives
+    facts = dict(sections_of(replace(result, drives=(replace(drive, file_system="tmpfs"),)))[0].facts)
+    assert facts["cache"] == "never cold: the file system is memory"
+    assert dict(sections_of(result)[0].facts)["cache"] == "cold: O_DIRECT bypasses the page cache"
