@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 
 from .aio.engine import EngineName
 from .errors import ConfigError
@@ -54,7 +62,6 @@ ALIASES = {
 
 # Keys a user may expect and will not find: what happens instead.
 ELSEWHERE = {
-    "max_grad_norm": "gradients are not clipped; in your own loop offload.attach(max_grad_norm=1.0) does",
     "save_steps": "every step is committed, so a run resumes from its last step; there is nothing to set",
     "resume_from_checkpoint": "the run in output_dir is resumed whenever there is one",
     "gradient_checkpointing": "every unit is always recomputed in the backward pass",
@@ -86,6 +93,11 @@ def _as_list(value: Any) -> Any:
 def _none_if_negative(value: Any) -> Any:
     # TrainingArguments says -1 for "not set".
     return None if value in (-1, "-1") else value
+
+
+def _none_if_zero(value: float | None) -> float | None:
+    # TrainingArguments says 0 for "do not clip".
+    return value or None
 
 
 def _expand(value: Any) -> Any:
@@ -149,6 +161,10 @@ class FinetuneConfig(BaseModel):
     adam_beta1: Fraction = Field(0.9, description="AdamW beta1.")
     adam_beta2: Fraction = Field(0.999, description="AdamW beta2.")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW epsilon.")
+    max_grad_norm: Annotated[float | None, Field(ge=0), AfterValidator(_none_if_zero)] = Field(
+        None,
+        description="Clip to this global norm; keeps a step's gradients in host memory. 0: do not.",
+    )
     on_non_finite: Literal["skip", "stop"] = Field(
         "stop", description="What to do when a loss or gradient is not finite: skip the batch, or stop."
     )

@@ -245,6 +245,7 @@ def _options(job: _Job, pointer: RunPointer, *, resume: bool) -> RuntimeOptions:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         ),
+        max_grad_norm=config.max_grad_norm,
         on_non_finite=config.on_non_finite,
         max_non_finite_steps=config.max_non_finite_steps,
         run_id=pointer.run_id,

@@ -49,6 +49,34 @@ def poison(monkeypatch: pytest.MonkeyPatch):
     return make
 
 
+def test_a_clipped_run_learns_otherwise_and_reports_the_norm_before_clipping(
+    make_config, tmp_path: Path
+) -> None:
+    for name, norm in [("free", 0), ("clipped", 1e-3), ("measured", 1e9)]:
+        config = make_config(output_dir=tmp_path / name, max_grad_norm=norm)
+        assert finetune(config, echo=lambda _: None).step == 6
+    free, clipped, measured = (learned(tmp_path / name) for name in ("free", "clipped", "measured"))
+    assert clipped[0] == pytest.approx(free[0], rel=1e-6)  # the first step: same weights, same norm
+    assert clipped[0][1] > 1e-3
+    assert measured == free
+    assert model_bytes(tmp_path / "measured") == model_bytes(tmp_path / "free")
+    assert model_bytes(tmp_path / "clipped") != model_bytes(tmp_path / "free")
+
+
+def test_a_clipped_run_resumes_to_the_same_bytes(make_config, tmp_path: Path) -> None:
+    finetune(make_config(output_dir=tmp_path / "whole", max_grad_norm=1e-3), echo=lambda _: None)
+
+    def stop(line: str) -> None:
+        if line.startswith("step 3/6"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = make_config(output_dir=tmp_path / "broken", max_grad_norm=1e-3)
+    assert finetune(config, echo=stop).exit_code == 130
+    assert finetune(config, echo=lambda _: None).step == 6
+    assert learned(tmp_path / "broken") == learned(tmp_path / "whole")
+    assert model_bytes(tmp_path / "broken") == model_bytes(tmp_path / "whole")
+
+
 def test_a_skipped_batch_leaves_the_run_as_one_that_never_saw_it(
     make_config, tmp_path: Path, poison: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
