@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -217,12 +217,21 @@ def save_machine(machine: Machine, path: Path) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    text = json.dumps(asdict(machine), indent=2) + "\n"
-    staged = path.with_name(path.name + ".new")
+    # A name that is no UTF-8 could be written and not be read again.
+    drives = tuple(replace(one, path=one.path.encode(errors="replace").decode()) for one in machine.drives)
+    text = json.dumps(asdict(replace(machine, drives=drives)), indent=2) + "\n"
     try:
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
+        staged = path.with_name(f"{path.name}.{os.getpid()}.new")
+        try:
+            with open(staged, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}", errno=error.errno or 0, path=str(path)

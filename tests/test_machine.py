@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,3 +169,26 @@ def test_a_file_system_without_an_id_of_its_own_is_known_by_its_device_number(tm
     assert file_system_id(tmp_path) == f"{os.major(number)}:{os.minor(number)}"
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_fsid=0xE2CA))
     assert file_system_id(tmp_path) == "fsid-e2ca"
+
+
+def test_a_directory_that_is_no_utf8_can_be_read_again(tmp_path):
+    path = tmp_path / "machine.json"
+    save_machine(replace(MACHINE, drives=(replace(FIRST, path="/mnt/\udcff"),)), path)
+    assert load_machine(path).drives[0].path == "/mnt/?"
+
+
+def test_a_link_stays_a_link_and_nothing_staged_is_left(tmp_path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "machine.json"
+    link.symlink_to(tmp_path / "there" / "kept.json")
+    save_machine(MACHINE, link)
+    assert link.is_symlink()
+    assert load_machine(link) == MACHINE
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["kept.json"]
+
+
+def test_what_cannot_be_put_in_place_leaves_nothing(tmp_path):
+    (tmp_path / "machine.json").mkdir()
+    with pytest.raises(StorageError, match="cannot write"):
+        save_machine(MACHINE, tmp_path / "machine.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["machine.json"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
+from ..aio.memory import aligned_buffer
 from ..errors import StorageError
 from .records import RecordSpec
 from .ticket import Ticket
@@ -55,13 +55,12 @@ def verify_run(
     """Read `specs` chunk by chunk through `read`, a few chunks ahead, and collect what fails."""
     total = sum(spec.nbytes for spec in specs)
     chunks = _chunks(specs, chunk_nbytes)
-    # mmap: page-aligned, so the engine needs no bounce buffer.
-    buffers = [mmap.mmap(-1, chunk_nbytes) for _ in range(_WINDOW)]
+    buffers = [aligned_buffer(chunk_nbytes) for _ in range(_WINDOW)]
     damages: list[StorageError] = []
     nbytes = num_chunks = 0
-    in_flight: list[tuple[Ticket, mmap.mmap, int]] = []
+    in_flight: list[tuple[Ticket, memoryview, int]] = []
 
-    def begin(chunk: tuple[str, int, int], buffer: mmap.mmap) -> None:
+    def begin(chunk: tuple[str, int, int], buffer: memoryview) -> None:
         name, offset, length = chunk
         in_flight.append((read(name, buffer, offset=offset, nbytes=length), buffer, length))
 
