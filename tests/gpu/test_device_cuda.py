@@ -77,7 +77,7 @@ def test_a_refused_registration_leaves_no_pending_error(
     pages = mmap.mmap(-1, MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
     torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, MIB, 0))
-    monkeypatch.setattr("offload.buffers.arena._map_pages", lambda nbytes: pages)
+    monkeypatch.setattr("offload.buffers.arena.map_pages", lambda nbytes: pages)
     with device.host_arena(Budget(Tier.HOST, MIB), MIB) as arena:
         assert not arena.pinned
         assert "cannot be pinned" in caplog.text
