@@ -24,6 +24,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from offload.errors import CapacityError, ConfigError
 from offload.sizes import GIB, MIB, format_bytes
 
@@ -75,11 +77,7 @@ def _require(nbytes: int) -> None:
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         raise ConfigError(f"the quiet disk needs {', '.join(missing)}: install util-linux and e2fsprogs")
-    available_nbytes = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable:")
-    )
+    available_nbytes = psutil.virtual_memory().available
     if available_nbytes < nbytes + _OVERHEAD_NBYTES + _SPARE_NBYTES:
         raise CapacityError(
             f"a quiet disk of {format_bytes(nbytes)} lies in memory, and {format_bytes(_SPARE_NBYTES)} should"

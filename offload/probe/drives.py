@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 from ..aio import EngineName, open_engine
 from ..aio.engine import Engine, Op, Request
-from ..aio.memory import map_pages
+from ..aio.memory import aligned_buffer
 from ..errors import PlanError
 from ..sizes import align_down, format_bytes
 from .content import BLOCK_NBYTES, PERIOD_NBYTES
@@ -42,7 +42,7 @@ __all__ = ["DriveRunner", "cpu_time_s", "transfer_memory"]
 def transfer_memory(nbytes: int) -> memoryview:
     """Return page-aligned memory of `nbytes`, every page touched. It lives as long as the view."""
     # As the arenas of a training run have it: in huge pages, which spare much of what a transfer costs.
-    view = memoryview(map_pages(nbytes))
+    view = aligned_buffer(nbytes)
     for start in range(0, nbytes, mmap.PAGESIZE):
         view[start] = 0
     return view
