@@ -43,7 +43,7 @@ class DroppedCall:
     """A forward with a graph whose backward will never come, because the graph is gone."""
 
     unit: str
-    step: int
+    attempt: int
     saved: tuple[SavedTensor, ...]
 
 
@@ -62,7 +62,7 @@ class Call:
         changed_buffers: buffers of the unit that the forward wrote (running statistics).
         autocast: the state of autocast in the forward, which holds for the recompute, too.
         output_tree: structure of the result.
-        step: `global_step` of the forward.
+        attempt: that of the forward; see `UnitHost.attempt`.
         awaited: notes the call as dropped when it is collected; dead once its backward has begun.
     """
 
@@ -78,7 +78,7 @@ class Call:
     output_leaves: list[Any] | None = None
     changed_buffers: tuple[torch.Tensor, ...] = ()
     autocast: list[tuple[str, torch.dtype, bool]] = field(default_factory=list)
-    step: int = 0
+    attempt: int = 0
     awaited: weakref.finalize[Any, Call] | None = None
 
 

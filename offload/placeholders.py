@@ -43,8 +43,9 @@ class StreamedGradient(torch.Tensor):
         name = getattr(func, "__name__", "")
         if name not in _HARMLESS:
             raise StateError(
-                f"{name} on a streamed gradient: it went to the optimizer during backward and is not kept, so"
-                " its norm cannot be taken or clipped here"
+                f"{name} on a streamed gradient: its values have left with their unit, so their norm cannot"
+                " be taken or clipped here; attach with park_gradients=True and clip with"
+                " runtime.clip_grad_norm_(max_norm), or attach with max_grad_norm=..."
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

@@ -48,12 +48,12 @@ class Step:
     """See the module.
 
     Attributes:
-        global_step: tells calls of one step from those of another: counts steps, those given up as well.
+        attempt: tells calls of one step from those of another: counts steps, those given up as well.
         num_done: optimizer steps done.
         norm: of the step's gradients, once it was measured.
     """
 
-    def __init__(self, parts: Parts, global_step: int) -> None:
+    def __init__(self, parts: Parts, num_done: int) -> None:
         self._parts = parts
         self.rows = parts.options.rows
         self.activations = parts.activations
@@ -64,8 +64,8 @@ class Step:
         # [Note: dropped graphs] Forwards whose graph went without a backward (a metric computed without
         # no_grad): the garbage collector, on whatever thread, only notes them here.
         self.dropped: deque[DroppedCall] = deque()
-        self.global_step = global_step
-        self.num_done = global_step
+        self.attempt = num_done
+        self.num_done = num_done
         self.norm: GlobalNorm | None = None
         self._parks = parts.options.parks
         self._unmeasured: set[str] = set()
@@ -185,7 +185,7 @@ class Step:
     def _begin_next(self) -> None:
         self._parts.activations.reset()
         self._parts.updater.forget_norms()
-        self.global_step += 1
+        self.attempt += 1
         self.norm = None
         self._clip_scale = None
         self._unmeasured.clear()
@@ -340,7 +340,7 @@ class Step:
             call = self.dropped.popleft()
             for saved in call.saved:
                 self._parts.activations.drop(saved)
-            if call.step == self.global_step:
+            if call.attempt == self.attempt:
                 for owner in self._streamed[call.unit].trained_owners:
                     self._expected[owner] -= 1
 

@@ -67,7 +67,8 @@ class UnitHost(Protocol):
     dropped: deque[DroppedCall]
 
     @property
-    def global_step(self) -> int: ...
+    def attempt(self) -> int:
+        """Which try at a step this is: counts steps, those given up as well."""
 
     def enter(self, visit: Visit, kind: Pass) -> Mapping[str, WeightsOnDevice]: ...
 
@@ -201,8 +202,8 @@ class StreamedUnit:
             buffer for buffer, version in buffers if version_of(buffer) != version or id(buffer) in statistics
         )
         host.expect_backward(self.unit)
-        call.step = host.global_step
-        dropped = DroppedCall(self.unit.name, call.step, tuple(call.saved.values()))
+        call.attempt = host.attempt
+        dropped = DroppedCall(self.unit.name, call.attempt, tuple(call.saved.values()))
         call.awaited = weakref.finalize(call, host.dropped.append, dropped)
         call.awaited.atexit = False
         return [join(pieces, call.batch, call.cuts) for pieces in zip(*parts, strict=True)]
@@ -217,7 +218,7 @@ class StreamedUnit:
     ) -> list[torch.Tensor | None]:
         """Recompute every micro-batch with a graph and back-propagate; return the inputs' gradients."""
         host = self._host
-        if call.step != host.global_step:
+        if call.attempt != host.attempt:
             raise StateError(
                 f"backward reached unit {self.unit.name!r} of a step that is over: call backward() once,"
                 " before runtime.step()"
