@@ -11,11 +11,10 @@ import re
 import struct
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NoReturn, TypeVar, cast
-from uuid import UUID
+from typing import Any, cast
 
 from ..aio.engine import ALIGNMENT_NBYTES
-from ..errors import CorruptionError
+from .fields import Fields
 from .framing import frame, unframe
 from .records import (
     MAX_CHUNK_NBYTES,
@@ -44,8 +43,6 @@ __all__ = [
 _KIND = "offload-manifest"
 # Step, schedules and the random state of Python, numpy, torch and eight GPUs are about 100 KB of JSON.
 _STATE_NBYTES = 256 << 10
-
-T = TypeVar("T")
 
 
 def encode_manifest(manifest: Manifest) -> tuple[bytes, str]:
@@ -107,7 +104,7 @@ def decode_manifest(data: bytes, path: str) -> tuple[Manifest, str]:
         StorageError: written by a newer major version of the format.
     """
     body, checksum = unframe(_KIND, data, path)
-    return _Decoder(path).manifest(body), checksum
+    return _Decoder(path, "manifest").manifest(body), checksum
 
 
 def _entry_to_json(entry: RecordEntry) -> dict[str, Any]:
@@ -122,40 +119,8 @@ def _entry_to_json(entry: RecordEntry) -> dict[str, Any]:
     }
 
 
-class _Decoder:
-    """Reads values out of parsed JSON, refusing with the path and the key."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def refuse(self, what: str) -> NoReturn:
-        raise CorruptionError(f"{self._path} is not a valid manifest: {what}", path=self._path)
-
-    def value(self, table: Any, key: str, kind: type[T]) -> T:
-        value = table.get(key) if isinstance(table, dict) else None
-        # bool is an int to isinstance, and not to us.
-        if type(value) is not kind:
-            self.refuse(f"{key!r} is {type(value).__name__}, expected {kind.__name__}")
-        return value
-
-    def number(self, table: Any, key: str, low: int, high: int, multiple: int = 1) -> int:
-        return self.checked(self.value(table, key, int), key, low, high, multiple)
-
-    def checked(self, value: Any, key: str, low: int, high: int, multiple: int = 1) -> int:
-        if type(value) is not int or not low <= value <= high or value % multiple:
-            self.refuse(f"{key!r} holds {value!r:.40}, expected {low} to {high} in steps of {multiple}")
-        return value
-
-    def numbers(self, value: Any, key: str, count: int, high: int, multiple: int = 1) -> tuple[int, ...]:
-        if type(value) is not list or len(value) != count:
-            self.refuse(f"{key!r} is not a list of {count} numbers")
-        return tuple(self.checked(item, key, 0, high, multiple) for item in value)
-
-    def items(self, table: Any, key: str, low: int, high: int) -> list[Any]:
-        items = self.value(table, key, cast("type[list[Any]]", list))
-        if not low <= len(items) <= high:
-            self.refuse(f"{key!r} has {len(items):,} entries, expected {low} to {high:,}")
-        return items
+class _Decoder(Fields):
+    """Reads a manifest."""
 
     def manifest(self, body: dict[str, Any]) -> Manifest:
         generation = self.number(body, "generation", 0, MAX_GENERATION)
@@ -187,16 +152,6 @@ class _Decoder:
             identity=self.value(body, "identity", cast("type[dict[str, Any]]", dict)),
         )
 
-    def run_id(self, body: dict[str, Any]) -> UUID:
-        text = self.value(body, "run_id", str)
-        try:
-            run_id = UUID(text)
-        except ValueError as error:
-            self.refuse(f"'run_id': {error}")
-        if str(run_id) != text:
-            self.refuse("'run_id' is not written as a canonical UUID")
-        return run_id
-
     def parent(self, body: dict[str, Any], generation: int) -> str | None:
         if generation == 0 and body.get("parent") is None:
             return None
@@ -227,12 +182,6 @@ class _Decoder:
             generation=written,
             checksums=self.checksums(table, stripe.num_chunks if written else 0),
         )
-
-    def checksums(self, table: Any, count: int) -> tuple[int, ...]:
-        text = self.value(table, "crc32c", str)
-        if len(text) != 8 * count or not re.fullmatch(r"[0-9a-f]*", text):
-            self.refuse(f"'crc32c' has {len(text)} characters, expected {count} checksums of 8 digits")
-        return struct.unpack(f">{count}I", bytes.fromhex(text))
 
     def check_overlaps(
         self, records: Sequence[RecordEntry], stripes: Sequence[Stripe], nbytes: tuple[int, ...]
