@@ -18,7 +18,6 @@ import torch
 from .activations import Activations
 from .aio import open_engine
 from .buffers import Budget
-from .codec import RecordFormat
 from .device import Device, open_device
 from .errors import ConfigError, StateError
 from .gradients import Gradients
@@ -96,8 +95,7 @@ def attach(
     chosen = _resolve(options, settings)
     tracer = trace or Tracer(enabled=False)
     units = find_units(model)
-    record_format = RecordFormat(chosen.dtype, chosen.chunk_numel)
-    records = record_sets((unit.layout for unit in units), record_format, chosen.torch_compute_dtype)
+    records = record_sets((unit.layout for unit in units), chosen.record_format, chosen.torch_compute_dtype)
     schedule = Schedule(
         tuple(unit.name for unit in units),
         {unit.name: unit.records for unit in units},
@@ -298,7 +296,7 @@ def _open_store(
                 specs,
                 engine=engine,
                 run_id=options.run_id,
-                chunk_nbytes=options.chunk_nbytes,
+                chunk_nbytes=options.chunk_nbytes or options.record_format.store_chunk_nbytes,
                 identity=_identity(options, records),
             )
         )
@@ -327,6 +325,7 @@ def _identity(options: RuntimeOptions, records: Mapping[str, RecordSet]) -> dict
                 layout.update(repr((record.owner, trainable, spec.name, spec.shape, spec.offset)).encode())
     return {
         "dtype": options.dtype,
+        "moments": options.moments,
         "compute_dtype": options.compute_dtype,
         "chunk_numel": options.chunk_numel,
         "layout": layout.hexdigest(),

@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from .aio import EngineName
+from .codec import RecordFormat
 from .errors import ConfigError
 from .optim import AdamWOptions
-from .sizes import GIB, MIB, format_bytes, parse_bytes
-from .specs import RecordDType, Tier
+from .sizes import GIB, format_bytes, parse_bytes
+from .specs import MomentDType, RecordDType, Tier
 
 __all__ = ["ComputeDType", "OnNonFinite", "RuntimeOptions", "is_queue_depth", "is_segment_size"]
 
@@ -48,6 +49,8 @@ class RuntimeOptions:
         dtype: how trainable weights are stored. `bfloat16` keeps exact fp32 masters too, as high
             halves and residuals; the forward then computes with the high halves. `float32` computes
             with the masters themselves.
+        moments: how AdamW's moments are stored: `float32`, or `8bit` for 2 bytes a parameter in place of
+            8. The weights stay exact; the moments are rounded at random, right on average.
         compute_dtype: what units compute in. `float32` by default: many CPUs have no bf16 arithmetic.
         rows: rows of a micro-batch inside a unit; None runs a step's batch at once.
         max_grad_norm: clip gradients by their exact global norm, as torch's `clip_grad_norm_` does. None
@@ -69,7 +72,8 @@ class RuntimeOptions:
             measured best for the drives of `disk` (`machine.json`), else 32.
         segment_nbytes: the most bytes of one I/O operation, a multiple of 4096. None as with
             `queue_depth`, else 1 MiB.
-        chunk_nbytes: bytes of a store chunk, the unit of striping and checksums.
+        chunk_nbytes: bytes of a store chunk, the unit of striping and checksums. An optimizer chunk must
+            be a whole number of them; None takes what is nearest to 4 MiB.
         chunk_numel: elements of an optimizer chunk, the unit of an update's pipeline.
         activations_nbytes: host bytes for saved unit inputs; None takes what the slots leave of the
             budget, at least 16 MiB.
@@ -81,6 +85,7 @@ class RuntimeOptions:
     device_memory: int = 8 * GIB
     device: str | None = None
     dtype: RecordDType = "bfloat16"
+    moments: MomentDType = "float32"
     compute_dtype: ComputeDType = "float32"
     rows: int | None = None
     max_grad_norm: float | None = None
@@ -95,7 +100,7 @@ class RuntimeOptions:
     io_engine: EngineName | None = None
     queue_depth: int | None = None
     segment_nbytes: int | None = None
-    chunk_nbytes: int = 4 * MIB
+    chunk_nbytes: int | None = None
     chunk_numel: int = 1 << 21
     activations_nbytes: int | None = None
 
@@ -117,14 +122,20 @@ class RuntimeOptions:
         if self.rows is not None and self.rows <= 0:
             raise ConfigError(f"rows must be positive or None, got {self.rows}")
         self._check_gradients()
+        self._check_chunks()
+
+    def _check_chunks(self) -> None:
+        # Raises for a format that cannot be.
+        optimizer_chunk_nbytes = self.record_format.chunk_nbytes
+        if self.chunk_nbytes is None:
+            return
         if self.chunk_nbytes <= 0 or self.chunk_nbytes % 4096:
             raise ConfigError(f"chunk_nbytes must be a multiple of 4096, got {self.chunk_nbytes}")
-        itemsize = 10 if self.dtype == "bfloat16" else 8
-        if self.chunk_numel * itemsize % self.chunk_nbytes:
-            nbytes = format_bytes(self.chunk_numel * itemsize)
+        if optimizer_chunk_nbytes % self.chunk_nbytes:
             raise ConfigError(
-                f"an optimizer chunk of {self.chunk_numel} elements ({nbytes}) is not a whole number of"
-                f" store chunks of {format_bytes(self.chunk_nbytes)}"
+                f"an optimizer chunk of {self.chunk_numel} elements ({optimizer_chunk_nbytes} bytes) is not a"
+                f" whole number of store chunks of {self.chunk_nbytes} bytes: leave chunk_nbytes out, or set"
+                f" it to {self.record_format.store_chunk_nbytes}"
             )
 
     def _check_gradients(self) -> None:
@@ -169,6 +180,11 @@ class RuntimeOptions:
         if isinstance(values.get("disk"), (str, Path)):
             values["disk"] = (values["disk"],)
         return cls(**values)
+
+    @property
+    def record_format(self) -> RecordFormat:
+        """How the records of the run are laid out."""
+        return RecordFormat(self.dtype, self.chunk_numel, self.moments)
 
     @property
     def resolved_home(self) -> Tier:

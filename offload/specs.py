@@ -10,19 +10,34 @@ from typing import Literal
 
 from .sizes import align_up
 
-__all__ = ["ELEMENT_ALIGNMENT", "RecordDType", "RecordKind", "TensorSpec", "Tier", "UnitLayout"]
+__all__ = [
+    "ELEMENT_ALIGNMENT",
+    "SCALE_NUMEL",
+    "MomentDType",
+    "RecordDType",
+    "RecordKind",
+    "TensorSpec",
+    "Tier",
+    "UnitLayout",
+]
 
 # How master weights are stored: `float32`, or `bfloat16` high halves plus a 16-bit residual in the
 # optimizer record, which together are the exact fp32 value.
 RecordDType = Literal["float32", "bfloat16"]
 
+# How exp_avg and exp_avg_sq are stored: exact, or in a byte each with a scale for every 128.
+MomentDType = Literal["float32", "8bit"]
+
 # `weights`: trainable weights as computed with. `frozen`: weights without gradient.
 # `optimizer`: residual and moments of the trainable weights.
 RecordKind = Literal["weights", "frozen", "optimizer"]
 
-# 64 elements: every tensor of a record begins on a 128-byte (bf16) or 256-byte (fp32) boundary, so
-# that SIMD loads are aligned in every array of the record.
-ELEMENT_ALIGNMENT = 64
+# Elements of an 8-bit moment that share a scale, as the kernel has it.
+SCALE_NUMEL = 128
+
+# 128 elements: every tensor of a record begins a block of 8-bit moments, so that parameters with other
+# settings can be updated by other calls; and SIMD loads are aligned in every array of the record.
+ELEMENT_ALIGNMENT = SCALE_NUMEL
 
 
 class Tier(enum.Enum):

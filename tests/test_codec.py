@@ -6,18 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit_records import read_parameter, write_parameter
 
 from offload.codec import (
     CANONICAL_NAN_BITS,
     RecordFormat,
     join_master,
     read_masters,
-    read_parameter,
     split_master,
     view_elements,
     view_optimizer_chunk,
     write_frozen,
-    write_parameter,
     write_residual,
     write_weights,
 )
@@ -173,7 +172,7 @@ def test_golden_layout_of_the_float32_format() -> None:
 
 @given(
     dtype=st.sampled_from(["bfloat16", "float32"]),
-    chunk_numel=st.integers(1, 200).map(lambda blocks: 64 * blocks),
+    chunk_numel=st.integers(1, 200).map(lambda blocks: 128 * blocks),
     numel=st.integers(0, 60_000),
 )
 @settings(max_examples=200, deadline=None)
@@ -201,8 +200,8 @@ def test_chunks_tile_the_record(dtype: str, chunk_numel: int, numel: int) -> Non
 def test_formats_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="'bfloat16' or 'float32', got 'float16'"):
         RecordFormat("float16")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="positive multiple of 64, got 100"):
-        RecordFormat(chunk_numel=100)
+    with pytest.raises(ConfigError, match="positive multiple of 128, got 64"):
+        RecordFormat(chunk_numel=64)
 
 
 SPECS = (

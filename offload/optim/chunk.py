@@ -3,21 +3,30 @@
 A chunk of a unit's flat space crosses parameter boundaries, and parameters differ in weight decay or
 learning rate: the kernel is called once per run of equal settings. The padding behind a parameter goes
 with it (zero in every array, the gradient included, and AdamW keeps it zero). Runs cover the chunk
-without gap or overlap, and elements are independent, so the cut changes no result. Memory is the
-caller's; nothing is kept from one call to the next.
+without gap or overlap. Elements are independent, and with 8-bit moments blocks of 128 are, where tensors
+and chunks begin; so neither cut changes a result. Memory is the caller's; nothing is kept from one call
+to the next.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ..codec import OptimizerChunk, RecordBuffer, RecordFormat, view_elements, view_optimizer_chunk
-from ..specs import TensorSpec
+from ..codec import (
+    OptimizerChunk,
+    OptimizerViews,
+    RecordBuffer,
+    RecordFormat,
+    view_elements,
+    view_optimizer_chunk,
+)
+from ..specs import TensorSpec, UnitLayout
 from .groups import ParameterSettings
-from .kernel import Backend, adamw_update
+from .kernel import Backend, Moment8bit, adamw_update, adamw_update_8bit
 
 __all__ = ["ChunkMemory", "SettingsRun", "settings_runs", "update_chunk"]
 
@@ -54,7 +63,7 @@ class SettingsRun:
 
 def update_chunk(
     memory: ChunkMemory,
-    tensors: Sequence[TensorSpec],
+    layout: UnitLayout,
     settings: Mapping[str, ParameterSettings],
     *,
     step: int,
@@ -64,38 +73,63 @@ def update_chunk(
 ) -> None:
     """Apply one AdamW step to the weights and moments of a chunk, in place.
 
+    Random numbers for the rounding of 8-bit moments are fixed by the unit's name, the step and each
+    element's place in the unit: the same step gives the same bits wherever it runs.
+
     Args:
         memory: the chunk and its buffers.
-        tensors: the unit's trainable tensors, ordered by offset.
-        settings: of each of them, by parameter name.
+        layout: the unit.
+        settings: of each of its trainable tensors, by parameter name.
         step: 1 for the first update.
         grad_scale: the gradient is multiplied with it first.
         num_threads: torch's number when None. The result does not depend on it.
-        backend: as for `adamw_update`.
+        backend: as for `adamw_update`; 8-bit moments have the kernel alone.
 
     Raises:
-        ValueError: a buffer is too small, or as `adamw_update`.
+        ValueError: a buffer is too small, the moments are 8-bit and the backend is not the kernel, or as
+            `adamw_update`.
         KeyError: a tensor has no settings.
         StateError: as `adamw_update`.
     """
     chunk = memory.chunk
     gradient = view_elements(memory.gradient, memory.gradient_dtype, chunk.stop)
     weights = view_elements(memory.weights, memory.format.torch_dtype, chunk.stop)
-    residual, exp_avg, exp_avg_sq = view_optimizer_chunk(chunk, memory.optimizer)
-    for run in settings_runs(tensors, chunk.start, chunk.stop, settings):
+    views = view_optimizer_chunk(chunk, memory.optimizer)
+    moments_8bit = _moments_8bit(views)
+    if moments_8bit is not None and backend != "kernel":
+        raise ValueError(f"8-bit moments are updated by backend='kernel' alone, got {backend!r}")
+    for run in settings_runs(layout.trainable, chunk.start, chunk.stop, settings):
         in_chunk = slice(run.start - chunk.start, run.stop - chunk.start)
-        adamw_update(
-            gradient[run.start : run.stop],
-            weights[run.start : run.stop],
-            None if residual is None else residual[in_chunk],
-            exp_avg[in_chunk],
-            exp_avg_sq[in_chunk],
-            settings=run.settings,
-            step=step,
-            grad_scale=grad_scale,
-            num_threads=num_threads,
-            backend=backend,
-        )
+        in_unit = slice(run.start, run.stop)
+        residual = None if views.residual is None else views.residual[in_chunk]
+        if moments_8bit is None:
+            adamw_update(
+                gradient[in_unit],
+                weights[in_unit],
+                residual,
+                views.exp_avg[in_chunk],
+                views.exp_avg_sq[in_chunk],
+                settings=run.settings,
+                step=step,
+                grad_scale=grad_scale,
+                num_threads=num_threads,
+                backend=backend,
+            )
+        else:
+            exp_avg, exp_avg_sq = moments_8bit
+            adamw_update_8bit(
+                gradient[in_unit],
+                weights[in_unit],
+                residual,
+                exp_avg.part(in_chunk),
+                exp_avg_sq.part(in_chunk),
+                settings=run.settings,
+                step=step,
+                grad_scale=grad_scale,
+                seed=_seed_of(layout.name),
+                first_element=run.start,
+                num_threads=num_threads,
+            )
 
 
 def settings_runs(
@@ -128,3 +162,21 @@ def settings_runs(
         else:
             runs.append(SettingsRun(begin, end, own))
     return tuple(runs)
+
+
+def _moments_8bit(views: OptimizerViews) -> tuple[Moment8bit, Moment8bit] | None:
+    """Return exp_avg and exp_avg_sq of a chunk with 8-bit moments; None with fp32 ones."""
+    if views.exp_avg_scales is None or views.exp_avg_sq_scales is None:
+        return None
+    return (
+        Moment8bit("exp_avg", views.exp_avg, views.exp_avg_scales),
+        Moment8bit("exp_avg_sq", views.exp_avg_sq, views.exp_avg_sq_scales),
+    )
+
+
+def _seed_of(unit: str) -> int:
+    """Return the seed of a unit's random numbers, 64 bits; part of what makes a run the same run.
+
+    Not Python's `hash`, which differs from process to process.
+    """
+    return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "little")

@@ -8,12 +8,13 @@ GIL is released while the kernel runs. The reference is used when it is asked fo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..errors import StateError
+from ..specs import SCALE_NUMEL
 from .groups import ParameterSettings
 from .reference import adamw_reference, squared_norm_reference
 
@@ -38,10 +39,9 @@ __all__ = [
 
 Backend = Literal["kernel", "reference"]
 
-# Elements that share a scale; see [Note: 8-bit moments] in offload/_adam.pyi.
-SCALE_NUMEL = 128
+_DTypeTag = Literal["float32", "bfloat16", "float16"]
 
-_GRADIENT_DTYPES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+_GRADIENT_DTYPES: dict[torch.dtype, _DTypeTag] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -55,7 +55,8 @@ class Moment8bit:
     Attributes:
         which: `exp_avg` has signed codes, `exp_avg_sq` unsigned ones.
         codes: uint8, n.
-        scales: bf16, ceil(n / 128).
+        scales: bf16, ceil(n / 128): one for each `SCALE_NUMEL` elements; [Note: 8-bit moments] in
+            offload/_adam.pyi.
     """
 
     which: Literal["exp_avg", "exp_avg_sq"]
@@ -95,6 +96,18 @@ class Moment8bit:
         values = torch.empty(self.codes.numel())
         _adam.decode_8bit(self.which, *self.exported(), _export(values))
         return values
+
+    def part(self, where: slice) -> Moment8bit:
+        """Return the elements [start, stop) as views of this memory.
+
+        Raises:
+            ValueError: `start` is not a multiple of 128: the part would share its first scale.
+        """
+        start, stop, step = where.indices(self.codes.numel())
+        if start % SCALE_NUMEL or step != 1:
+            raise ValueError(f"{self.which}: a part must begin at a multiple of {SCALE_NUMEL}, got {where}")
+        scales = self.scales[start // SCALE_NUMEL : -(-stop // SCALE_NUMEL)]
+        return Moment8bit(self.which, self.codes[start:stop], scales)
 
     def check(self, numel: int) -> None:
         """Raise ValueError unless these are `numel` elements that the kernel can take."""
@@ -158,15 +171,9 @@ def adamw_update(
         None if residual is None else _export(residual),
         _export(exp_avg),
         _export(exp_avg_sq),
-        lr=settings.lr,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
         step=step,
         grad_scale=grad_scale,
-        gradient_dtype=_dtype_tag(gradient),
-        num_threads=num_threads or torch.get_num_threads(),
+        **_common(gradient, settings, num_threads),
     )
 
 
@@ -222,17 +229,11 @@ def adamw_update_8bit(
         None if residual is None else _export(residual),
         exp_avg.exported(),
         exp_avg_sq.exported(),
-        lr=settings.lr,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
         step=step,
         grad_scale=grad_scale,
         seed=seed,
         first_element=first_element,
-        gradient_dtype=_dtype_tag(gradient),
-        num_threads=num_threads or torch.get_num_threads(),
+        **_common(gradient, settings, num_threads),
     )
 
 
@@ -274,6 +275,30 @@ def _require_kernel() -> None:
         ) from _LOAD_ERROR
 
 
+class _Common(TypedDict):
+    """What both updates of the extension take, but for the step's own numbers."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    gradient_dtype: _DTypeTag
+    num_threads: int
+
+
+def _common(gradient: Tensor, settings: ParameterSettings, num_threads: int | None) -> _Common:
+    return {
+        "lr": settings.lr,
+        "beta1": settings.beta1,
+        "beta2": settings.beta2,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "gradient_dtype": _dtype_tag(gradient),
+        "num_threads": num_threads or torch.get_num_threads(),
+    }
+
+
 def _check_weights(gradient: Tensor, weights: Tensor, residual: Tensor | None, numel: int) -> None:
     weights_types = (torch.float32,) if residual is None else (torch.bfloat16, torch.int16)
     _check(gradient, "gradient", tuple(_GRADIENT_DTYPES), numel)
@@ -303,5 +328,5 @@ def _export(tensor: Tensor) -> Buffer:
     return (bits.view(torch.int16) if bits.dtype == torch.bfloat16 else bits).numpy().data
 
 
-def _dtype_tag(gradient: Tensor) -> Literal["float32", "bfloat16", "float16"]:
+def _dtype_tag(gradient: Tensor) -> _DTypeTag:
     return _GRADIENT_DTYPES[gradient.dtype]

@@ -343,7 +343,7 @@ class Updater:
             with self._trace.span(update.owner, "update", elements=chunk.numel):
                 update_chunk(
                     ChunkMemory(record.format, chunk, memory, weights, gradient, dtype),
-                    layout.trainable,
+                    layout,
                     update.settings,
                     step=update.step,
                     grad_scale=update.grad_scale,

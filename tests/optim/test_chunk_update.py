@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
+from unit_records import read_parameter, write_parameter
 
-from offload.codec import RecordFormat, read_parameter, view_elements, view_optimizer_chunk, write_parameter
+from offload.codec import RecordFormat, view_elements, view_optimizer_chunk
 from offload.optim import ChunkMemory, ParameterSettings, SettingsRun, settings_runs, update_chunk
 from offload.specs import TensorSpec, UnitLayout
 
@@ -17,10 +18,10 @@ LAYOUT = UnitLayout(
     "unit",
     (
         TensorSpec("norm.weight", (10,), 0),
-        TensorSpec("norm.bias", (10,), 64),
-        TensorSpec("up.weight", (30, 10), 128),
-        TensorSpec("down.weight", (10, 30), 448),
-        TensorSpec("down.bias", (10,), 768),
+        TensorSpec("norm.bias", (10,), 128),
+        TensorSpec("up.weight", (30, 10), 256),
+        TensorSpec("down.weight", (10, 30), 640),
+        TensorSpec("down.bias", (10,), 1024),
     ),
 )
 BY_NAME = {spec.name: DECAYED if len(spec.shape) > 1 else PLAIN for spec in LAYOUT.trainable}
@@ -29,13 +30,13 @@ BY_NAME = {spec.name: DECAYED if len(spec.shape) > 1 else PLAIN for spec in LAYO
 def test_neighbours_with_equal_settings_are_one_run() -> None:
     runs = settings_runs(LAYOUT.trainable, 0, LAYOUT.trainable_numel, BY_NAME)
     assert runs == (
-        SettingsRun(0, 128, PLAIN),
-        SettingsRun(128, 768, DECAYED),
-        SettingsRun(768, 832, PLAIN),
+        SettingsRun(0, 256, PLAIN),
+        SettingsRun(256, 1024, DECAYED),
+        SettingsRun(1024, 1152, PLAIN),
     )
 
 
-@pytest.mark.parametrize("size", [64, 192, 256, 832])
+@pytest.mark.parametrize("size", [64, 192, 256, 1152])
 def test_runs_cover_each_chunk_exactly(size: int) -> None:
     for start in range(0, LAYOUT.trainable_numel, size):
         stop = min(start + size, LAYOUT.trainable_numel)
@@ -48,8 +49,8 @@ def test_runs_cover_each_chunk_exactly(size: int) -> None:
 
 
 def test_a_chunk_of_padding_belongs_to_the_tensor_before_it() -> None:
-    assert settings_runs(LAYOUT.trainable, 74, 100, BY_NAME) == (SettingsRun(74, 100, PLAIN),)
-    assert settings_runs(LAYOUT.trainable, 448 + 300, 768, BY_NAME) == (SettingsRun(748, 768, DECAYED),)
+    assert settings_runs(LAYOUT.trainable, 138, 200, BY_NAME) == (SettingsRun(138, 200, PLAIN),)
+    assert settings_runs(LAYOUT.trainable, 640 + 300, 1024, BY_NAME) == (SettingsRun(940, 1024, DECAYED),)
 
 
 def test_an_empty_range_has_no_runs() -> None:
@@ -82,7 +83,7 @@ class Records:
         for chunk in self.format.optimizer_chunks(LAYOUT.trainable_numel):
             own = self.optimizer[chunk.offset_bytes : chunk.offset_bytes + chunk.nbytes]
             memory = ChunkMemory(self.format, chunk, own, self.weights, gradient, dtype)
-            update_chunk(memory, LAYOUT.trainable, BY_NAME, step=step, num_threads=num_threads)
+            update_chunk(memory, LAYOUT, BY_NAME, step=step, num_threads=num_threads)
 
     def masters(self) -> dict[str, torch.Tensor]:
         return {
@@ -92,7 +93,7 @@ class Records:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("chunk_numel", [64, 192, 256, 1 << 21])
+@pytest.mark.parametrize("chunk_numel", [128, 384, 512, 1 << 21])
 def test_a_unit_in_chunks_equals_torch_adamw_with_groups(dtype: str, chunk_numel: int) -> None:
     records = Records(RecordFormat(dtype, chunk_numel))  # type: ignore[arg-type]
     parameters = {name: torch.nn.Parameter(value) for name, value in records.masters().items()}
@@ -114,7 +115,7 @@ def test_a_unit_in_chunks_equals_torch_adamw_with_groups(dtype: str, chunk_numel
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
 def test_chunk_size_format_and_threads_change_no_bit(gradient_dtype: torch.dtype) -> None:
     results = []
-    for record_format in (RecordFormat("float32"), RecordFormat("bfloat16"), RecordFormat("bfloat16", 64)):
+    for record_format in (RecordFormat("float32"), RecordFormat("bfloat16"), RecordFormat("bfloat16", 128)):
         for num_threads in (1, 2):
             records = Records(record_format)
             for step in (1, 2):
@@ -125,7 +126,7 @@ def test_chunk_size_format_and_threads_change_no_bit(gradient_dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_padding_stays_zero(dtype: str) -> None:
-    records = Records(RecordFormat(dtype, 192))  # type: ignore[arg-type]
+    records = Records(RecordFormat(dtype, 384))  # type: ignore[arg-type]
     for step in (1, 2, 3):
         records.step(step)
     padding = torch.ones(LAYOUT.trainable_numel, dtype=torch.bool)
@@ -143,5 +144,5 @@ def test_padding_stays_zero(dtype: str) -> None:
 def test_a_gradient_too_short_is_refused() -> None:
     records = Records(RecordFormat("float32"))
     records.gradient = records.gradient[:800]
-    with pytest.raises(ValueError, match="the buffer holds 3200 bytes, 3328 are needed"):
+    with pytest.raises(ValueError, match="the buffer holds 3200 bytes, 4608 are needed"):
         records.step(1)

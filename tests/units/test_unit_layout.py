@@ -35,7 +35,7 @@ def test_name_finds_the_module() -> None:
 def test_tensors_lie_in_order_at_aligned_offsets() -> None:
     (unit,) = find_units(nn.Sequential(nn.Linear(5, 13)))
     assert unit.layout.trainable == (TensorSpec("0.weight", (13, 5), 0), TensorSpec("0.bias", (13,), 128))
-    assert unit.layout.trainable_numel == 192
+    assert unit.layout.trainable_numel == 256
     assert unit.layout.frozen_numel == 0
 
 
@@ -108,7 +108,7 @@ def test_scalar_and_empty_parameters_have_places() -> None:
     holder.register_parameter("empty", nn.Parameter(torch.empty(0, 3)))
     (unit,) = find_units(nn.Sequential(holder))
     offsets = [(tensor.name, tensor.numel, tensor.offset) for tensor in unit.layout.trainable]
-    assert offsets == [("0.weight", 1, 0), ("0.scalar", 1, 64), ("0.empty", 0, 128)]
+    assert offsets == [("0.weight", 1, 0), ("0.scalar", 1, 128), ("0.empty", 0, 256)]
 
 
 def test_buffers_are_not_described() -> None:
