@@ -21,24 +21,25 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID, uuid4
 
-from ..aio.engine import Engine, Op
+from ..aio.engine import Engine
 from ..errors import DiskFullError, StateError
 from ..sizes import MIB
 from . import manifests
 from .drives import Drive, close_drives, create_drives, open_drives
 from .format import encode_manifest, max_manifest_nbytes
 from .framing import canonical_json
+from .poison import Poison
 from .records import Manifest, RecordSpec, first_manifest, stripes_of
-from .span import Span, Transfer
+from .span import Span
+from .submit import submit, submitting
 from .table import Record, Version, describe_ranges
-from .ticket import Part, Piece, Ticket
+from .ticket import Piece, Ticket
 from .verify import VerifyReport, verify_run
 
 if TYPE_CHECKING:
@@ -47,15 +48,6 @@ if TYPE_CHECKING:
 __all__ = ["PathLike", "Store"]
 
 PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Poison:
-    """Why the generation being built cannot be committed; `permanent` when a rollback does not help."""
-
-    reason: str
-    cause: BaseException | None = None
-    permanent: bool = False
 
 
 class Store:
@@ -81,7 +73,7 @@ class Store:
         self._lock = threading.Lock()
         self._committing = False
         self._closed = False
-        self._poison: _Poison | None = None
+        self._poison: Poison | None = None
 
     @classmethod
     def create(
@@ -219,10 +211,16 @@ class Store:
             pieces = [Piece(version.extent, first, end) for version, first, end in sources]
             ticket = Ticket(name, pieces, is_write=False)
             earlier = span.record.claim(ticket)
-        with self._submitting(ticket, earlier) as parts:
+        with submitting(ticket, earlier) as parts:
             self._check_sources(span.record, sources)
             for version, first, end in sources:
-                self._submit("read", parts, span.transfers(version, first, end, verify=True))
+                submit(
+                    self._engine,
+                    self._drives,
+                    "read",
+                    parts,
+                    span.transfers(version, first, end, verify=True),
+                )
         return ticket
 
     def write(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
@@ -247,11 +245,17 @@ class Store:
             piece = Piece(version.extent, span.first, span.end)
             ticket = Ticket(name, [piece], is_write=True, on_failure=self._write_failed)
             earlier = span.record.claim(ticket)
-        with self._submitting(ticket, earlier) as parts:
+        with submitting(ticket, earlier) as parts:
             checksums = span.checksums(version.generation)
             with self._lock:
                 version.put(span.first, checksums)
-            self._submit("write", parts, span.transfers(version, span.first, span.end, verify=False))
+            submit(
+                self._engine,
+                self._drives,
+                "write",
+                parts,
+                span.transfers(version, span.first, span.end, verify=False),
+            )
         return ticket
 
     def commit(self, state: Mapping[str, Any]) -> int:
@@ -353,29 +357,6 @@ class Store:
             raise StateError(f"run {self.run_id} has no record {name!r} among its {len(self._records)}")
         return record
 
-    @contextmanager
-    def _submitting(self, ticket: Ticket, earlier: Sequence[Ticket]) -> Iterator[list[Part]]:
-        """Let earlier transfers of the same bytes end, then collect the parts that the block submits."""
-        parts: list[Part] = []
-        try:
-            for other in earlier:
-                other.settle()
-            yield parts
-        except BaseException as error:
-            ticket.abandon(parts, error)
-            raise
-        ticket.start(parts)
-
-    def _submit(self, op: Op, parts: list[Part], transfers: Iterable[Transfer]) -> None:
-        for transfer in transfers:
-            drive = self._drives[transfer.drive]
-            request = self._engine.submit(op, drive.file, transfer.view, transfer.offset_bytes)
-            parts.append(
-                Part(
-                    request, transfer.view, transfer.drive, drive.path, transfer.offset_bytes, transfer.checks
-                )
-            )
-
     def _next_manifest(self, state: Mapping[str, Any]) -> Manifest:
         for name, record in self._records.items():
             if missing := record.missing():
@@ -418,13 +399,13 @@ class Store:
         except BaseException as error:
             if has_room:
                 reason = f"the commit of generation {manifest.generation} did not complete: {error!r}"
-                self._poison = _Poison(reason, error, permanent=True)
+                self._poison = Poison(reason, error, permanent=True)
             raise
 
     def _write_failed(self, error: BaseException) -> None:
         # Without the lock: a ticket may report while the lock is held, and the first report is enough.
         if self._poison is None:
-            self._poison = _Poison(f"a write failed: {error}", error)
+            self._poison = Poison(f"a write failed: {error}", error)
 
     def _check_sources(self, record: Record, sources: Sequence[tuple[Version, int, int]]) -> None:
         with self._lock:
@@ -439,11 +420,7 @@ class Store:
 
     def _check_poison(self, what: str) -> None:
         if self._poison is not None:
-            cure = "close the run and open it again" if self._poison.permanent else "roll back"
-            raise StateError(
-                f"generation {self.generation + 1} cannot {what}, because {self._poison.reason}; generation "
-                f"{self.generation} is intact: {cure}"
-            ) from self._poison.cause
+            raise self._poison.error(self.generation, what) from self._poison.cause
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,0 +1,42 @@
+"""Submits the requests of one ticket to the drives, in the order that transfers of the same bytes need.
+
+Owns nothing. Thread rule: any thread; no lock is held while an earlier transfer is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from ..aio.engine import Engine, Op
+from .drives import Drive
+from .span import Transfer
+from .ticket import Part, Ticket
+
+__all__ = ["submit", "submitting"]
+
+
+@contextmanager
+def submitting(ticket: Ticket, earlier: Sequence[Ticket]) -> Iterator[list[Part]]:
+    """Let earlier transfers of the same bytes end, then collect the parts that the block submits."""
+    parts: list[Part] = []
+    try:
+        for other in earlier:
+            other.settle()
+        yield parts
+    except BaseException as error:
+        ticket.abandon(parts, error)
+        raise
+    ticket.start(parts)
+
+
+def submit(
+    engine: Engine, drives: Sequence[Drive], op: Op, parts: list[Part], transfers: Iterable[Transfer]
+) -> None:
+    """Begin `transfers`, each in the file of its drive, adding each to `parts` when it is in flight."""
+    for transfer in transfers:
+        drive = drives[transfer.drive]
+        request = engine.submit(op, drive.file, transfer.view, transfer.offset_bytes)
+        parts.append(
+            Part(request, transfer.view, transfer.drive, drive.path, transfer.offset_bytes, transfer.checks)
+        )
