@@ -1,0 +1,70 @@
+"""Whether there is room on the drives for what is about to be made, and the error when there is not.
+
+The answer is a promise of the moment: what must stay free is reserved (`File.allocate`) at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+
+from ..aio.engine import File
+from ..errors import DiskFullError
+from ..sizes import format_bytes
+from . import files
+
+__all__ = ["check_room", "reserve"]
+
+
+def check_room(directories: Sequence[str], needed_nbytes: Sequence[int], *, what: str, cure: str) -> None:
+    """Refuse before anything is made when there is too little room; directories may share a file system.
+
+    Args:
+        directories: one a drive.
+        needed_nbytes: what is needed in each.
+        what: who needs it, `the run`.
+        cure: what to do, for the message.
+
+    Raises:
+        DiskFullError: no room, with the bytes needed and free.
+        StorageError: a directory cannot be examined.
+    """
+    devices: list[int] = []
+    needed: dict[int, int] = defaultdict(int)
+    for directory, nbytes in zip(directories, needed_nbytes, strict=True):
+        with files.storage_errors("use directory", directory):
+            devices.append(os.stat(directory).st_dev)
+        needed[devices[-1]] += nbytes
+    for directory, device in zip(directories, devices, strict=True):
+        with files.storage_errors("examine", directory):
+            free = os.statvfs(directory)
+        if needed[device] > free.f_bavail * free.f_frsize:
+            raise _full(directory, needed[device], free.f_bavail * free.f_frsize, what, cure)
+
+
+def reserve(file: File, directory: str, nbytes: int, *, what: str, cure: str) -> None:
+    """Reserve `nbytes` for a file in `directory`; the words are those of `check_room`.
+
+    Raises:
+        DiskFullError: no room, with the bytes needed and free.
+        StorageError: it fails for another reason.
+    """
+    try:
+        file.allocate(nbytes)
+    except DiskFullError as error:
+        with files.storage_errors("examine", directory):
+            free = os.statvfs(directory)
+        raise _full(directory, nbytes, free.f_bavail * free.f_frsize, what, cure) from error
+
+
+def _full(directory: str, needed: int, free: int, what: str, cure: str) -> DiskFullError:
+    return DiskFullError(
+        f"{directory} has {format_bytes(free)} free ({free:,} bytes) and {what} needs "
+        f"{format_bytes(needed)} ({needed:,} bytes) there; {cure}",
+        errno=errno.ENOSPC,
+        path=directory,
+        asked_nbytes=needed,
+        got_nbytes=free,
+    )
