@@ -300,3 +300,54 @@ def test_users_never_see_it() -> None:
     assert "sim" not in get_args(EngineName)
     with pytest.raises(ConfigError, match="'sim'"):
         open_engine("sim")  # type: ignore[arg-type]
+
+
+def test_what_is_stuck_for_a_while_completes_then() -> None:
+    disk = SimDisk(faults=[Fault(0, "stuck", of="write"), Fault(0, "stuck", of="sync")], stuck_s=1000)
+    with engine_on(disk) as engine, engine.open(PATH, "x+") as file:
+        stuck = engine.submit("write", file, b"late", 0)
+        with pytest.raises(RequestTimeoutError):
+            stuck.wait(timeout_s=900)
+        assert stuck.wait() == 4
+        assert 1000 <= disk.now_s < 1100
+        engine.sync(file)
+        assert 2000 <= disk.now_s < 2100
+    assert disk.crash(seed=1).read_file(PATH) == b"late"
+
+
+def test_a_healed_disk_has_no_faults_and_nothing_that_hangs() -> None:
+    disk = SimDisk(faults=[Fault(0, "stuck", of="write"), Fault(1, "EIO", of="write", forever=True)])
+    with engine_on(disk) as engine, engine.open(PATH, "x+") as file:
+        stuck = engine.submit("write", file, b"late", 0)
+        with pytest.raises(StorageError, match="EIO"):
+            engine.submit("write", file, b"lost", 4).wait()
+        disk.heal()
+        assert stuck.wait() == 4
+        assert engine.submit("write", file, b"kept", 4).wait() == 4
+    assert disk.read_file(PATH) == b"latekept"
+
+
+def test_operations_that_take_place_elsewhere_are_counted_and_hit() -> None:
+    numbers: list[int] = []
+    disk = SimDisk(faults=[Fault(1, "EIO"), Fault(2, "short")], on_operation=numbers.append)
+    assert disk.enter("create", "/sim/small") is None
+    fault = disk.enter("put", "/sim/small", nbytes=10)
+    assert fault is not None
+    assert fault.kind == "EIO"
+    assert disk.enter("rename", "/sim/small") is None  # moves no bytes, so it cannot be short
+    assert [one.what for one in disk.journal] == ["create", "put", "rename"]
+    assert numbers == [0, 1, 2]
+
+
+def test_a_snapshot_stays_as_it_is_and_loses_power_like_the_disk_itself() -> None:
+    disk = SimDisk()
+    with engine_on(disk) as engine, engine.open(PATH, "x+") as file:
+        engine.submit("write", file, b"old!", 0).wait()
+        engine.sync(file)
+        engine.submit("write", file, b"new!", 0).wait()
+        kept = disk.snapshot()
+        expected = [disk.crash(seed).read_file(PATH) for seed in range(20)]
+        engine.submit("write", file, b"last", 0).wait()
+        engine.sync(file)
+    assert [kept.crash(seed).read_file(PATH) for seed in range(20)] == expected
+    assert {b"old!", b"new!"} <= set(expected)

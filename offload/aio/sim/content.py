@@ -126,6 +126,15 @@ class SimContent:
                 changed[within] ^= 1 << bit
                 sectors[index] = bytes(changed)
 
+    def copy(self) -> SimContent:
+        """Return the same sectors, cache and all, which change independently from now on."""
+        other = SimContent(self._sector_nbytes)
+        other._durable, other._cached = dict(self._durable), dict(self._cached)
+        other._dirty = set(self._dirty)
+        other._num_reserved, other._num_beyond = self._num_reserved, self._num_beyond
+        other._durable_shape, other.size_nbytes = self._durable_shape, self.size_nbytes
+        return other
+
     def after_power_loss(self, rng: random.Random) -> SimContent:
         """Return what is left without power: the durable sectors, and of the dirty ones what `rng` says.
 

@@ -47,6 +47,8 @@ class SimDisk:
         sector_nbytes: what is written whole, or torn at a crash.
         short_rate: the share of segments that move only a part of their bytes.
         faults: what goes wrong; see also `plan`.
+        stuck_s: how long what is `stuck` hangs, in simulated seconds, if nobody calls `unstick`.
+        on_operation: called with each operation's number before anything of it happens, the lock held.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class SimDisk:
         sector_nbytes: int = 512,
         short_rate: float = 1 / 8,
         faults: Iterable[Fault] = (),
+        stuck_s: float = math.inf,
+        on_operation: Callable[[int], None] | None = None,
     ) -> None:
         if sector_nbytes < 2 or capacity_nbytes < 0:
             raise ValueError(
@@ -71,7 +75,9 @@ class SimDisk:
         self.is_dead = False
         self._rng = random.Random(seed)
         self._plan = FaultPlan(faults)
-        self._schedule = Schedule(self._rng)
+        self._schedule = Schedule(self._rng, stuck_s)
+        self._stuck_s = stuck_s
+        self._on_operation = on_operation
         self._files: dict[str, SimContent] = {}
 
     # What a test does to it.
@@ -86,6 +92,23 @@ class SimDisk:
         with self.lock:
             self._plan.remove("stuck")
             self._schedule.release()
+
+    def heal(self) -> None:
+        """Drop every fault; what hangs completes, what went wrong before stays as it is."""
+        with self.lock:
+            self._plan.clear()
+            self._schedule.release()
+
+    def snapshot(self) -> SimDisk:
+        """Return a disk in the same state, cache included, with nothing in flight and no faults."""
+        with self.lock:
+            copy = SimDisk(
+                capacity_nbytes=self.capacity_nbytes,
+                sector_nbytes=self.sector_nbytes,
+                short_rate=self.short_rate,
+            )
+            copy._files = {path: content.copy() for path, content in self._files.items()}
+            return copy
 
     def flip_bit(self, path: str, offset: int, bit: int = 0) -> None:
         """Turn over one bit of a file at rest."""
@@ -130,6 +153,10 @@ class SimDisk:
         """Return whether there is a file of that path."""
         return os.path.abspath(path) in self._files
 
+    def paths(self) -> list[str]:
+        """Return the paths of all files."""
+        return list(self._files)
+
     def read_file(self, path: str) -> bytes:
         """Return a file's bytes as a reader sees them now, once nothing is in flight any more."""
         with self.lock:
@@ -152,6 +179,17 @@ class SimDisk:
     def used_nbytes(self, path: str) -> int:
         """Return the room that a file takes."""
         return self._files[os.path.abspath(path)].used_nbytes
+
+    # What others ask of it.
+
+    def enter(self, what: OperationKind, path: str, *, nbytes: int = 0) -> Fault | None:
+        """Count an operation that takes place elsewhere, on a small file of the same drive.
+
+        Returns:
+            The fault that hits it, for the caller to bring about.
+        """
+        with self.lock:
+            return self._next_fault(what, path, nbytes=nbytes)
 
     # What the engine asks of it.
 
@@ -224,11 +262,13 @@ class SimDisk:
         """Make completed writes durable; other segments go on meanwhile."""
         fault = self._next_fault("sync", path, during=lambda: content.flush_some(self._rng))
         until_s = self.now_s + self._schedule.delay_s()
+        if fault is not None and fault.kind == "stuck":
+            self._check_not_for_ever("sync", path)
+            until_s, fault = self.now_s + self._stuck_s, None
         while self.step(until_s):
             pass
         # Not retried, whatever the errno: after a failed flush a second one proves nothing.
         if fault is not None:
-            _check_not_stuck(fault, "sync", path)
             content.fail_flush(self._rng)
             raise io_error("sync", path, fault.errno)
         content.flush()
@@ -241,7 +281,8 @@ class SimDisk:
                 break
         if fault is None:
             return 0
-        _check_not_stuck(fault, what, path)
+        if fault.kind == "stuck":
+            self._check_not_for_ever(what, path)
         return fault.errno
 
     def _next_fault(
@@ -255,6 +296,8 @@ class SimDisk:
         """Enter an operation in the journal; die, after `during`, if the fault that hits it says so."""
         if self.is_dead:
             raise SimCrash(f"the process is dead and asks for {what} of {path}")
+        if self._on_operation is not None:
+            self._on_operation(len(self.journal))
         fault = self._plan.next(what)
         self.journal.append(Operation(what, path, offset, nbytes, None if fault is None else fault.kind))
         if fault is not None and fault.kind == "crash":
@@ -262,6 +305,10 @@ class SimDisk:
             self.is_dead = True
             raise SimCrash(f"at operation {len(self.journal) - 1}, {what} of {path}")
         return fault
+
+    def _check_not_for_ever(self, what: str, path: str) -> None:
+        if math.isinf(self._stuck_s):
+            raise SimStuckError(f"{what} of {path} hangs for ever; a real one would block here")
 
     def _transfer(self, flight: Flight) -> int:
         """Move the bytes of a segment that completes; return how many, or the negative errno."""
@@ -295,8 +342,3 @@ class SimDisk:
 
 def _moved(path: str, moved: tuple[str, str] | None) -> str:
     return path if moved is None else str(Path(moved[1]) / Path(path).relative_to(moved[0]))
-
-
-def _check_not_stuck(fault: Fault, what: str, path: str) -> None:
-    if fault.kind == "stuck":
-        raise SimStuckError(f"{what} of {path} hangs for ever; a real one would block here")

@@ -14,11 +14,24 @@ from typing import Literal
 
 __all__ = ["Fault", "FaultKind", "FaultPlan", "Operation", "OperationKind", "SimCrash", "SimStuckError"]
 
-OperationKind = Literal["open", "allocate", "read", "write", "sync"]
+OperationKind = Literal[
+    "open",
+    "allocate",
+    "read",
+    "write",
+    "sync",
+    # Of small files that lie on the same drive but not in this simulation; see `SimDisk.enter`.
+    "look",  # at a name or at what it holds
+    "create",
+    "put",  # bytes into a small file
+    "flush",  # of a small file or a directory
+    "rename",
+    "remove",
+]
 FaultKind = Literal[
     "short",  # a segment moves only a part of its bytes
     "flip",  # one bit of what a read delivers, or of what a write stores, is wrong
-    "stuck",  # a segment does not complete before `SimDisk.unstick`
+    "stuck",  # a segment does not complete before `SimDisk.unstick`, or `stuck_s` later
     "crash",  # the process ends before the operation (in the midst of a sync)
     "EIO",
     "ENOSPC",
@@ -30,9 +43,12 @@ FaultKind = Literal[
     "EINVAL",
 ]
 
-# These say nothing to an operation that moves no bytes, which then goes on: a test may try every kind
-# at every operation.
-_OF_BYTES = frozenset({"short", "flip"})
+# What a kind can happen to; of one that is not here, everything. It says nothing to other operations,
+# which then go on: a test may try every kind at every operation.
+_HAPPENS_TO: dict[FaultKind, frozenset[OperationKind]] = {
+    "short": frozenset({"read", "write", "put"}),
+    "flip": frozenset({"read", "write"}),
+}
 
 
 class SimCrash(BaseException):
@@ -69,7 +85,7 @@ class Fault:
 
     def hits(self, what: OperationKind, index: int) -> bool:
         """Return whether it hits the operation that is the `index`-th of what it counts."""
-        if what not in ("read", "write") and self.kind in _OF_BYTES:
+        if what not in _HAPPENS_TO.get(self.kind, (what,)):
             return False
         return index == self.operation or (self.forever and index > self.operation)
 
@@ -103,6 +119,10 @@ class FaultPlan:
     def add(self, *faults: Fault) -> None:
         """Plan more; operations are still counted from the first."""
         self._faults += faults
+
+    def clear(self) -> None:
+        """Drop all faults."""
+        self._faults.clear()
 
     def remove(self, kind: FaultKind) -> None:
         """Drop the faults of one kind."""

@@ -1,7 +1,7 @@
 """Simulated time: the segments that a simulated disk works on, and when each completes.
 
 Invariants: time goes forward only when somebody lets it; a segment completes at its due time, in the
-order of due times; one that is stuck has none until it is released.
+order of due times; one that is stuck has none until it is released, or is due after `stuck_s`.
 
 Thread rule: none of its own; the disk's lock covers it. Nothing here sleeps or reads a clock.
 """
@@ -53,8 +53,9 @@ class Flight:
 class Schedule:
     """What is in flight, ordered by when it completes."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, stuck_s: float = math.inf) -> None:
         self._rng = rng
+        self._stuck_s = stuck_s
         self._due: list[tuple[float, int, Flight]] = []
         self._stuck: list[Flight] = []
         self._num_started = 0
@@ -67,11 +68,14 @@ class Schedule:
 
     def start(self, flight: Flight) -> None:
         """Let a segment complete after a delay of its own, or never when it is stuck."""
+        delay_s = self.delay_s()
         if flight.fault is not None and flight.fault.kind == "stuck":
-            self._stuck.append(flight)
-            return
+            if math.isinf(self._stuck_s):
+                self._stuck.append(flight)
+                return
+            delay_s = self._stuck_s
         self._num_started += 1
-        heapq.heappush(self._due, (self.now_s + self.delay_s(), self._num_started, flight))
+        heapq.heappush(self._due, (self.now_s + delay_s, self._num_started, flight))
 
     def delay_s(self) -> float:
         """Draw how long an operation takes."""
