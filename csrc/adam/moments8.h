@@ -17,7 +17,8 @@
 // that make it right on average: rounded to nearest, exp_avg_sq could not change by the thousandth
 // that one step changes it. A second moment that is not zero never becomes zero. A value beyond
 // 2^126 is stored as that, a NaN as zero: the block's other elements are not concerned, and the NaN
-// is in the weight. What was decoded is encoded without change. Bytes of zero are moments of zero.
+// is in the weight. What was decoded is encoded without change, except where the block's largest
+// was rounded down to where half the scale will do. Bytes of zero are moments of zero.
 //
 // The odds come from a counter: a hash of seed, step, and the element's number. So results depend
 // neither on threads nor on how a range is cut into calls at multiples of 128.

@@ -22,7 +22,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd.graph import increment_version
 
 from .groups import ParameterSettings
-from .kernel import Backend, adamw_update
+from .kernel import Backend, Moment8bit, adamw_update, adamw_update_8bit
 
 __all__ = ["BUNDLE_NUMEL", "SMALL_NUMEL", "TensorUpdate", "update_tensors"]
 
@@ -41,17 +41,19 @@ class TensorUpdate(NamedTuple):
         gradient: fp32, bf16 or fp16; only read.
         weights: fp32, or bf16 high halves with a residual.
         residual: int16, or None for fp32 weights.
-        exp_avg: fp32.
-        exp_avg_sq: fp32.
+        exp_avg: fp32, or 8-bit.
+        exp_avg_sq: in the form of exp_avg.
         step: fp32 scalar: the updates so far; one more afterwards.
+        seed: of the rounding of 8-bit moments.
     """
 
     gradient: Tensor
     weights: Tensor
     residual: Tensor | None
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Tensor | Moment8bit
+    exp_avg_sq: Tensor | Moment8bit
     step: Tensor
+    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -98,7 +100,7 @@ def update_tensors(
         if len(bundle.updates) == 1:
             run_one(bundle.updates[0], step)
             return
-        *columns, steps = zip(*bundle.updates, strict=True)
+        *columns, steps, _seeds = zip(*bundle.updates, strict=True)
         flat = [
             None if column[0] is None else _flatten_dense_tensors(column)  # type: ignore[no-untyped-call]
             for column in columns
@@ -112,7 +114,25 @@ def update_tensors(
         torch._foreach_add_(steps, torch.ones(()), alpha=1.0)
 
     def run_one(update: TensorUpdate, step: int) -> None:
-        run([None if tensor is None else tensor.view(-1) for tensor in update[:5]], step)
+        gradient, weights, residual, exp_avg, exp_avg_sq, _, seed = update
+        flat = [None if tensor is None else tensor.view(-1) for tensor in (gradient, weights, residual)]
+        if isinstance(exp_avg, Tensor) and isinstance(exp_avg_sq, Tensor):
+            run([*flat, exp_avg.view(-1), exp_avg_sq.view(-1)], step)
+        else:
+            assert flat[0] is not None and flat[1] is not None
+            assert isinstance(exp_avg, Moment8bit) and isinstance(exp_avg_sq, Moment8bit)
+            adamw_update_8bit(
+                flat[0],
+                flat[1],
+                flat[2],
+                exp_avg,
+                exp_avg_sq,
+                settings=settings,
+                step=step,
+                grad_scale=grad_scale,
+                seed=seed,
+                num_threads=num_threads,
+            )
         # The kernel writes behind torch's back.
         increment_version(update.weights)
         update.step.add_(1)
@@ -120,7 +140,7 @@ def update_tensors(
     bundles: dict[tuple[int, torch.dtype, torch.dtype], _Bundle] = {}
     for update in updates:
         step, numel = int(update.step.item()) + 1, update.weights.numel()
-        if numel == 0 or numel > SMALL_NUMEL:
+        if numel == 0 or numel > SMALL_NUMEL or isinstance(update.exp_avg, Moment8bit):
             run_one(update, step)
             continue
         key = (step, update.gradient.dtype, update.weights.dtype)

@@ -2,11 +2,11 @@
 
 It stands where `torch.optim.AdamW(fused=True)` or DeepSpeedCPUAdam stood. Its state is torch's own: `step`,
 `exp_avg` and `exp_avg_sq` by parameter, and with `master_weights` the int16 `residual` that completes a
-bf16 parameter to its fp32 master (see `offload.codec`). Nothing here touches a disk: `StreamedAdamW` is the
-optimizer of an attached model.
+bf16 parameter to its fp32 master (see `offload.codec`); or moments in 8 bits (`torch_state`). Nothing here
+touches a disk: `StreamedAdamW` is the optimizer of an attached model.
 
-Invariants: moments are fp32 and contiguous; a step or a `load_state_dict` that is refused has changed
-nothing; the result depends neither on the threads nor on how parameters are bundled.
+Invariants: state is contiguous; a step or a `load_state_dict` that is refused has changed nothing; the
+result depends neither on the threads nor on how parameters are bundled.
 
 Thread rule: one thread at a time, as with any torch optimizer. The GIL is released while the kernel runs.
 """
@@ -23,9 +23,11 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ..codec import join_master
 from ..errors import ConfigError, StateError
+from ..specs import MomentDType
 from .bundles import TensorUpdate, update_tensors
 from .groups import ParameterSettings
 from .kernel import Backend
+from .torch_state import check_state, loaded_state, new_state, state_moments
 
 __all__ = ["AdamW"]
 
@@ -39,7 +41,7 @@ FIXED_SETTINGS = {
     "decoupled_weight_decay": (True, "use torch.optim.Adam for L2 regularization"),
     "adamw_mode": (True, "use torch.optim.Adam for L2 regularization"),
     "bias_correction": (True, "use a warm-up of the learning rate in its place"),
-    "fp32_optimizer_states": (True, "moments are always float32"),
+    "fp32_optimizer_states": (True, "moments are float32, or 8-bit with moments='8bit'"),
 }
 
 # What torch.optim.AdamW writes into a group besides the settings; older state_dicts lack some of it.
@@ -77,6 +79,10 @@ class AdamW(Optimizer):
         fp32_optimizer_states: as DeepSpeed has it; must be True.
         master_weights: take bfloat16 parameters, and keep beside each the 16 bits that complete it to an
             exact float32 master: every step equals one in float32, at 2 bytes a parameter.
+        moments: `float32`, or `8bit`: 2.03 bytes a parameter for both moments in place of 8. As with
+            bitsandbytes and torchao, tensors of less than 4096 elements keep float32. Moments are rounded
+            at random, from the number of the step and that of the parameter among all parameters: the same
+            run gives the same bits, and so does one that goes on from a saved state. Kernel only.
         num_threads: threads of one call; torch's number when None. Results do not depend on it.
         backend: `reference` needs no extension and is slow; see `adamw_update`.
 
@@ -110,6 +116,7 @@ class AdamW(Optimizer):
         bias_correction: bool = True,
         fp32_optimizer_states: bool = True,
         master_weights: bool = False,
+        moments: MomentDType = "float32",
         num_threads: int | None = None,
         backend: Backend = "kernel",
     ) -> None:
@@ -124,7 +131,12 @@ class AdamW(Optimizer):
             raise ConfigError(f"AdamW: num_threads must be >= 1, got {num_threads}")
         if backend not in ("kernel", "reference"):
             raise ConfigError(f"AdamW: backend must be 'kernel' or 'reference', got {backend!r}")
+        if moments not in ("float32", "8bit"):
+            raise ConfigError(f"AdamW: moments must be 'float32' or '8bit', got {moments!r}")
+        if moments == "8bit" and backend == "reference":
+            raise ConfigError("AdamW: the reference has no 8-bit moments; use backend='kernel'")
         self._master_weights = master_weights
+        self._moments: MomentDType = moments
         self._num_threads = num_threads
         self._backend: Backend = backend
         # The keys of torch.optim.AdamW in its order, so that either loads the other's groups.
@@ -198,7 +210,7 @@ class AdamW(Optimizer):
         ready = [self._ready_parameters(index, group) for index, group in enumerate(self.param_groups)]
         for group, values, parameters in zip(self.param_groups, settings, ready, strict=True):
             update_tensors(
-                (self._tensor_update(parameter) for parameter in parameters),
+                (self._tensor_update(number, parameter) for number, parameter in parameters),
                 settings=values,
                 grad_scale=-scale if group["maximize"] else scale,
                 num_threads=self._num_threads,
@@ -217,25 +229,33 @@ class AdamW(Optimizer):
         """Load a state_dict of this class, of torch.optim.AdamW or of DeepSpeedCPUAdam.
 
         As with torch, tensors that fit are taken over and not copied: deepcopy the dictionary of an
-        optimizer that goes on. Moments become float32 whatever the parameter is. A bfloat16 parameter
-        without a saved residual begins with one of zero: its master is what it holds.
+        optimizer that goes on. A bfloat16 parameter without a saved residual begins with one of zero: its
+        master is what it holds.
+
+        The form of the moments is this optimizer's, whatever was saved and whatever the parameter is:
+        saved 8-bit moments become float32 exactly, others 8-bit with each value rounded to the nearest
+        code. Of the same form they are taken over bit for bit.
 
         Raises:
             ConfigError: a group's setting is out of range or not supported.
             StateError: the state of a parameter is not AdamW's, or does not fit it.
             ValueError: the groups differ in number or size.
         """
-        # torch casts moments to the parameter's dtype, which would round those of bf16 parameters. The
-        # hooks see what the user's hooks have made of the dictionary, and restore what was cast.
+        # torch casts all state to the parameter's dtype: moments of bf16 parameters would be rounded, and
+        # codes take four times their memory. So it gets none. The hooks come after the user's before the
+        # load and ahead of them after it: they see what was made of the dictionary, and are not seen.
         loaded: dict[str, Any] = {}
 
-        def check(_: Optimizer, final: dict[str, Any]) -> None:
+        def check(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             self._check_loadable(final)
             loaded.update(final)
+            parameters = {key for group in final["param_groups"] for key in group["params"]}
+            others = {key: value for key, value in final["state"].items() if key not in parameters}
+            return {**final, "state": others}
 
         def restore(_: Optimizer) -> None:
             for _name, parameter, entry in self._saved_entries(loaded):
-                self.state[parameter].update(_exact(entry))
+                self.state[parameter] = loaded_state(parameter, entry, self._moments)
 
         checking = self.register_load_state_dict_pre_hook(check)
         restoring = self.register_load_state_dict_post_hook(restore, prepend=True)
@@ -246,8 +266,8 @@ class AdamW(Optimizer):
             restoring.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in ("_master_weights", "_num_threads", "_backend")}
-        return {**super().__getstate__(), **own}
+        own = ("_master_weights", "_moments", "_num_threads", "_backend")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -257,10 +277,15 @@ class AdamW(Optimizer):
 
     # -- a step --------------------------------------------------------------------------------
 
-    def _ready_parameters(self, index: int, group: dict[str, Any]) -> list[Tensor]:
-        """Return the group's parameters that have gradients; raise if one of them cannot be updated."""
+    def _ready_parameters(self, index: int, group: dict[str, Any]) -> list[tuple[int, Tensor]]:
+        """Return the group's parameters that have gradients, with their numbers among all parameters.
+
+        Raises:
+            StateError: one of them cannot be updated.
+        """
         ready = []
-        for name, parameter in _named(index, group):
+        first = sum(len(before["params"]) for before in self.param_groups[:index])
+        for number, (name, parameter) in enumerate(_named(index, group), first):
             gradient = parameter.grad
             if gradient is None:
                 continue
@@ -269,27 +294,23 @@ class AdamW(Optimizer):
                 raise StateError(f"AdamW: {name} {fault}")
             _check_gradient(name, parameter, gradient)
             if state := self.state.get(parameter):
-                _check_state(name, parameter, state)
-            ready.append(parameter)
+                check_state(name, parameter, state)
+            ready.append((number, parameter))
         return ready
 
-    def _tensor_update(self, parameter: Tensor) -> TensorUpdate:
+    def _tensor_update(self, number: int, parameter: Tensor) -> TensorUpdate:
         """Return what the update of a checked parameter takes; make its state if there is none."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros(parameter.shape, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros(parameter.shape, dtype=torch.float32)
+            state.update(new_state(parameter, self._moments))
         residual = None
         if parameter.dtype == torch.bfloat16:
             residual = state.get("residual")
             if residual is None:
                 residual = state["residual"] = torch.zeros(parameter.shape, dtype=torch.int16)
         gradient = parameter.grad.contiguous()
-        return TensorUpdate(
-            gradient, parameter, residual, state["exp_avg"], state["exp_avg_sq"], state["step"]
-        )
+        return TensorUpdate(gradient, parameter, residual, *state_moments(state), state["step"], number)
 
     # -- loading -------------------------------------------------------------------------------
 
@@ -300,12 +321,7 @@ class AdamW(Optimizer):
                 raise StateError(f"AdamW: group {index} of the state_dict has no {_list(missing)}")
             _settings(group)
         for name, parameter, entry in self._saved_entries(state_dict):
-            missing = {"step", "exp_avg", "exp_avg_sq"} - set(entry)
-            if missing:
-                raise StateError(
-                    f"AdamW: the state_dict has no {_list(missing)} for {name}; it is not that of an AdamW"
-                )
-            _check_state(name, parameter, entry)
+            check_state(name, parameter, entry)
 
     def _saved_entries(
         self, state_dict: Mapping[str, Any]
@@ -338,17 +354,6 @@ def _named(index: int, group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]
 
 def _list(names: set[str]) -> str:
     return ", ".join(repr(name) for name in sorted(names))
-
-
-def _exact(entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the saved tensors in the types that are kept; those that have them already are not copied."""
-    exact = {key: entry[key].to("cpu", torch.float32).contiguous() for key in ("exp_avg", "exp_avg_sq")}
-    # DeepSpeed and old versions of torch save a number.
-    step = entry["step"]
-    exact["step"] = torch.as_tensor(step, dtype=torch.float32, device="cpu")
-    if "residual" in entry:
-        exact["residual"] = entry["residual"].to("cpu").contiguous()
-    return exact
 
 
 def _check_fixed(settings: Mapping[str, Any]) -> None:
@@ -393,19 +398,4 @@ def _check_gradient(name: str, parameter: Tensor, gradient: Tensor) -> None:
         raise StateError(
             f"AdamW: the gradient of {name} must have shape {tuple(parameter.shape)} on the CPU, got "
             f"{tuple(gradient.shape)} on {gradient.device}"
-        )
-
-
-def _check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
-    for key in ("exp_avg", "exp_avg_sq", "residual"):
-        if key in state and state[key].shape != parameter.shape:
-            raise StateError(
-                f"AdamW: {key} of {name} must have shape {tuple(parameter.shape)}, got "
-                f"{tuple(state[key].shape)}"
-            )
-    if "residual" in state and parameter.dtype != torch.bfloat16:
-        raise StateError(
-            f"AdamW: the state of {name} has a residual, which completes a bfloat16 parameter, but the "
-            f"parameter is {parameter.dtype}; give a float32 model the masters (AdamW.master), and take "
-            "'residual' out of the state"
         )

@@ -249,7 +249,7 @@ def test_the_master_before_the_first_step_is_the_parameter_itself() -> None:
         ({"differentiable": True}, "differentiable must be False"),
         ({"adamw_mode": False}, "adamw_mode must be True, got False; use torch.optim.Adam"),
         ({"bias_correction": False}, "bias_correction must be True"),
-        ({"fp32_optimizer_states": False}, "moments are always float32"),
+        ({"fp32_optimizer_states": False}, "moments are float32, or 8-bit with moments="),
         ({"num_threads": 0}, "num_threads must be >= 1"),
         ({"backend": "cuda"}, "backend must be 'kernel' or 'reference', got 'cuda'"),
     ],

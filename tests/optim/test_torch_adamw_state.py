@@ -193,7 +193,11 @@ def saved_state(**changes: Any) -> dict[str, Any]:
     ("changes", "error", "message"),
     [
         ({"exp_avg": torch.zeros(5)}, StateError, r"exp_avg of parameter 0 of group 0 .* \(4,\), got \(5,\)"),
-        ({"exp_avg": None, "exp_avg_sq": None}, StateError, "no 'exp_avg', 'exp_avg_sq' for parameter 0"),
+        (
+            {"exp_avg": None, "exp_avg_sq": None},
+            StateError,
+            "parameter 0 of group 0 has no 'exp_avg', 'exp_avg_sq'",
+        ),
         ({"residual": torch.zeros(4, dtype=torch.int16)}, StateError, "has a residual, .*AdamW.master"),
         ({"betas": None}, StateError, "group 0 of the state_dict has no 'betas'"),
         ({"amsgrad": True}, ConfigError, "amsgrad must be False"),
