@@ -27,6 +27,8 @@ __all__ = ["DATA_NAME", "RunDirectory", "run_folder_name", "runs_in"]
 DATA_NAME = "data.bin"
 _FOLDER = re.compile(r"run-([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})")
 _MANIFEST = re.compile(r"manifest-(0|[1-9][0-9]{0,18})")
+# A file of a scratch area, while it is made; see `scratch.py`.
+_SCRATCH = re.compile(r"scratch-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _STAGED = re.compile(r"(manifest-(0|[1-9][0-9]{0,18})|OFFLOAD_RUN)\.tmp")
 
 
@@ -163,6 +165,10 @@ class RunDirectory:
         """Return the files left by a `stage` that no `publish` followed."""
         return [name for name in self.names() if _STAGED.fullmatch(name)]
 
+    def scratch_names(self) -> list[str]:
+        """Return the files of scratch areas whose making was interrupted."""
+        return [name for name in self.names() if _SCRATCH.fullmatch(name)]
+
     def read_manifest(self, generation: int) -> bytes:
         """Return the bytes of a manifest."""
         name = self.manifest_name(generation)
@@ -216,7 +222,8 @@ class RunDirectory:
         foreign = sorted(
             name
             for name in self.names()
-            if name not in known and not _MANIFEST.fullmatch(name) and not _STAGED.fullmatch(name)
+            if name not in known
+            and not any(pattern.fullmatch(name) for pattern in (_MANIFEST, _STAGED, _SCRATCH))
         )
         if foreign:
             raise StorageError(

@@ -36,6 +36,7 @@ from .format import encode_manifest, max_manifest_nbytes
 from .framing import canonical_json
 from .poison import Poison
 from .records import Manifest, RecordSpec, first_manifest, stripes_of
+from .scratch import Scratch
 from .span import Span
 from .submit import submit, submitting
 from .table import Record, Version, describe_ranges
@@ -314,6 +315,18 @@ class Store:
                 record.pending = None
             if self._poison is not None and not self._poison.permanent:
                 self._poison = None
+
+    def scratch(self, records: Sequence[RecordSpec], *, chunk_nbytes: int) -> Scratch:
+        """Reserve room on the run's drives for records of this process alone; see `Scratch.create`.
+
+        Close it before the store.
+        """
+        with self._lock:
+            self._check_open()
+        folders = [drive.folder for drive in self._drives]
+        return Scratch.create(
+            folders, records, engine=self._engine, deal=self._base.deal, chunk_nbytes=chunk_nbytes
+        )
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read everything again and check every checksum.

@@ -1,0 +1,232 @@
+"""Room on a run's drives for bytes that only this process needs: nothing of it outlives the process.
+
+A scratch area holds records that are written and read again within a step. They are striped, checksummed
+and transferred as the store's are, but never committed: each has one extent, its checksums are kept in
+memory, and the files have no names, so the space is free again when the process ends, however it ends. A
+file has a name for the instant between its making and the removal of the name, in the run's own folder;
+whoever is killed there leaves an empty file, which the next scratch area of the run removes.
+
+Invariants: all space is reserved before `create` returns; what is read is what was last written there, or
+an error; a write that failed ends the use of the area.
+
+Thread rule: `read`, `write` and their tickets may be used from any threads; transfers of the same bytes
+take place in the order they were asked for. `close` is for one thread. No lock is held while waiting for a
+drive.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+from uuid import uuid4
+
+from ..aio.engine import Engine
+from ..errors import StateError
+from .drives import Drive
+from .records import RecordSpec, stripes_of
+from .room import check_room, reserve
+from .rundir import RunDirectory
+from .span import Span
+from .stripe import Deal, pack_extents
+from .submit import submit, submitting
+from .table import Record
+from .ticket import Piece, Ticket
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Scratch"]
+
+# Nothing is committed, so there is one generation.
+_GENERATION = 1
+
+# For the message about too little room.
+_WHAT, _CURE = "the scratch area of the run", "free some space, use another directory, or raise host_memory"
+
+
+class Scratch:
+    """An area of temporary records; see the module. A context manager. Made by `create`."""
+
+    def __init__(self, drives: Sequence[Drive], records: Mapping[str, Record], *, engine: Engine) -> None:
+        self._drives = tuple(drives)
+        self._records = dict(records)
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    @classmethod
+    def create(
+        cls,
+        folders: Sequence[RunDirectory],
+        records: Sequence[RecordSpec],
+        *,
+        engine: Engine,
+        deal: Deal,
+        chunk_nbytes: int,
+    ) -> Self:
+        """Reserve room for `records` on the drives of `folders`.
+
+        Args:
+            folders: a run's, locked by us, one a drive.
+            records: what to make room for; each has one extent, mutable or not.
+            engine: does the I/O; outlives the area.
+            deal: which drive each chunk lies on.
+            chunk_nbytes: what one checksum covers and one drive gets at a time, a multiple of 4096.
+
+        Raises:
+            DiskFullError: no room, with the bytes needed and free; nothing is left behind.
+            StorageError: a file cannot be made.
+            ValueError: records that no run can have.
+        """
+        stripes = stripes_of(records, chunk_nbytes, deal)
+        offsets = pack_extents(stripes, [1] * len(stripes))
+        drive_nbytes = [
+            sum(stripe.drive_nbytes(drive) for stripe in stripes) for drive in range(len(folders))
+        ]
+        check_room([folder.directory for folder in folders], drive_nbytes, what=_WHAT, cure=_CURE)
+        with ExitStack() as undo:
+            drives = []
+            for folder, nbytes in zip(folders, drive_nbytes, strict=True):
+                drives.append(_make(folder, engine))
+                undo.callback(drives[-1].file.close)
+                if nbytes:
+                    reserve(drives[-1].file, folder.directory, nbytes, what=_WHAT, cure=_CURE)
+            undo.pop_all()
+        # Of this process alone, so that bytes of another area never have the right checksum.
+        area = uuid4()
+        table = {
+            spec.name: Record(area, index, spec, stripe, places)
+            for index, (spec, stripe, places) in enumerate(
+                zip(records, stripes, (tuple(of_record) for of_record in offsets), strict=True)
+            )
+        }
+        return cls(drives, table, engine=engine)
+
+    @property
+    def records(self) -> Mapping[str, RecordSpec]:
+        """The records by name, in table order."""
+        return {name: record.spec for name, record in self._records.items()}
+
+    @property
+    def nbytes_reserved(self) -> int:
+        """Space taken on all drives together."""
+        return sum(drive.file.size_nbytes for drive in self._drives)
+
+    def read(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
+        """Begin to read what was last written.
+
+        Args:
+            name: the record.
+            buffer: writable and contiguous; filled from its start. It belongs to the ticket until that
+                was waited for.
+            offset: bytes from the record's start, a multiple of the chunk length.
+            nbytes: a multiple of the chunk length, or up to the record's end; None is up to the end.
+
+        Raises:
+            StateError: never written, a write failed, or the area is closed.
+            ValueError: a range or buffer that does not fit.
+        """
+        span = Span.of(self._record(name), buffer, offset, nbytes)
+        if span.view.readonly:
+            raise ValueError(f"the buffer to read record {name} into is read-only")
+        with self._lock:
+            self._check_usable()
+            sources = span.record.newest(span.first, span.end)
+            ticket = Ticket(name, [Piece(0, first, end) for _, first, end in sources], is_write=False)
+            earlier = span.record.claim(ticket)
+        with submitting(ticket, earlier) as parts:
+            with self._lock:
+                # One of the writes waited for may be the one that failed.
+                self._check_usable()
+            for version, first, end in sources:
+                transfers = span.transfers(version, first, end, verify=True)
+                submit(self._engine, self._drives, "read", parts, transfers)
+        return ticket
+
+    def write(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
+        """Checksum bytes of a record and begin to write them over the ones before.
+
+        Args:
+            name: the record.
+            buffer: contiguous; taken from its start. It must not change until the ticket was waited for.
+            offset: bytes from the record's start, a multiple of the chunk length.
+            nbytes: a multiple of the chunk length, or up to the record's end; None is up to the end.
+
+        Raises:
+            StateError: a write failed before, or the area is closed.
+            ValueError: a range or buffer that does not fit.
+        """
+        span = Span.of(self._record(name), buffer, offset, nbytes)
+        with self._lock:
+            self._check_usable()
+            version = span.record.version_to_write(_GENERATION)
+            piece = Piece(0, span.first, span.end)
+            ticket = Ticket(name, [piece], is_write=True, on_failure=self._note_failure)
+            earlier = span.record.claim(ticket)
+        with submitting(ticket, earlier) as parts:
+            checksums = span.checksums(_GENERATION)
+            with self._lock:
+                version.put(span.first, checksums)
+            transfers = span.transfers(version, span.first, span.end, verify=False)
+            submit(self._engine, self._drives, "write", parts, transfers)
+        return ticket
+
+    def close(self) -> None:
+        """Wait for transfers in flight, then give the space back. Closing twice is harmless."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            tickets = [ticket for record in self._records.values() for ticket in record.in_flight()]
+        with ExitStack() as stack:
+            for drive in self._drives:
+                stack.callback(drive.file.close)
+            for ticket in tickets:
+                ticket.settle()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _record(self, name: str) -> Record:
+        record = self._records.get(name)
+        if record is None:
+            raise StateError(f"the scratch area has no record {name!r} among its {len(self._records)}")
+        return record
+
+    def _note_failure(self, error: BaseException) -> None:
+        # Without the lock: a ticket may report while it is held, and the first report is enough.
+        if self._failure is None:
+            self._failure = error
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise StateError("the scratch area is closed: attach the model again")
+        if self._failure is not None:
+            raise StateError(
+                f"the scratch area cannot be used further, because a write failed: {self._failure}; what is"
+                " committed is intact: resume the run"
+            ) from self._failure
+
+
+def _make(folder: RunDirectory, engine: Engine) -> Drive:
+    """Make a file in a run's folder and take its name away again."""
+    # Left by a process that was killed in the instant of which the module tells. The folder is ours, and
+    # locked: nobody is making a file there now.
+    for left in folder.scratch_names():
+        folder.discard(left)
+    name = f"scratch-{uuid4()}"
+    try:
+        file = engine.open(name, "x+", dir_fd=folder.fd)
+    finally:
+        # Around the open: Ctrl-C in it may be raised when the name is there and nobody has the file.
+        folder.discard(name)
+    return Drive(folder, file, folder.path_of(name))
