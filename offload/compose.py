@@ -287,8 +287,11 @@ def _open_store(
     if options.resume:
         assert options.run_id is not None
         store = own(Store.open(options.disk, engine=engine, run_id=options.run_id))
+        identity = _identity(options, records)
+        # Formats first: another one makes records of other sizes, which would not say why.
+        _check_same_formats(store, identity)
         _check_same_records(store, records)
-        _check_same_identity(store, _identity(options, records))
+        _check_same_layout(store, identity)
     else:
         store = own(
             Store.create(
@@ -312,7 +315,7 @@ def _check_same_records(store: Store, records: Mapping[str, RecordSet]) -> None:
         raise ConfigError(
             f"run {store.run_id} is of another model or format: {len(differing)} records differ, the first"
             f" is {name!r} with {found.get(name, 'no')} bytes in the run and {wanted.get(name, 'no')} here;"
-            " resume with the model, dtype and chunk_numel it began with"
+            " resume with the model it began with"
         )
 
 
@@ -332,18 +335,21 @@ def _identity(options: RuntimeOptions, records: Mapping[str, RecordSet]) -> dict
     }
 
 
-def _check_same_identity(store: Store, wanted: Mapping[str, Any]) -> None:
-    # Runs begun before an entry existed do not have it.
-    differing = {name: found for name, found in store.identity.items() if wanted.get(name, found) != found}
-    if "layout" in differing:
+def _check_same_formats(store: Store, wanted: Mapping[str, Any]) -> None:
+    for name, found in store.identity.items():
+        # Runs begun before an entry existed do not have it.
+        if name != "layout" and wanted.get(name, found) != found:
+            raise ConfigError(
+                f"run {store.run_id} was begun with {name}={found!r}, not {wanted[name]!r}, and its records"
+                f" are laid out for that; resume with {name}={found!r}"
+            )
+
+
+def _check_same_layout(store: Store, wanted: Mapping[str, Any]) -> None:
+    if store.identity.get("layout", wanted["layout"]) != wanted["layout"]:
         raise ConfigError(
             f"run {store.run_id} holds the same amount of other parameters: names, shapes, or what is frozen"
             " (requires_grad) differ; resume with the model it began with"
-        )
-    for name, found in differing.items():
-        raise ConfigError(
-            f"run {store.run_id} was begun with {name}={found!r}, not {wanted[name]!r}, and its records are"
-            f" laid out for that; resume with {name}={found!r}"
         )
 
 
