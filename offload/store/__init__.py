@@ -1,9 +1,29 @@
 """Records on drives: reserved, striped, checksummed, committed as generations; see `offload.store.store`."""
 
+from .fallback import FallBack, fall_back
 from .format import RecordSpec
-from .runs import RunInfo, list_runs, remove_run
+from .reading import Generation, RunReader
+from .runs import FoundRun, RunInfo, RunState, find_runs, list_runs, remove_run
 from .store import Store
 from .ticket import Ticket
-from .verify import VerifyReport
+from .verify import DamagedChunk, RunReport, VerifyReport, verify_reader
 
-__all__ = ["RecordSpec", "RunInfo", "Store", "Ticket", "VerifyReport", "list_runs", "remove_run"]
+__all__ = [
+    "DamagedChunk",
+    "FallBack",
+    "FoundRun",
+    "Generation",
+    "RecordSpec",
+    "RunInfo",
+    "RunReader",
+    "RunReport",
+    "RunState",
+    "Store",
+    "Ticket",
+    "VerifyReport",
+    "fall_back",
+    "find_runs",
+    "list_runs",
+    "remove_run",
+    "verify_reader",
+]

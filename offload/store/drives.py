@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from uuid import UUID
 
-from ..aio.engine import Engine, File
-from ..errors import CorruptionError, DiskFullError, StorageError
-from ..sizes import format_bytes
+from ..aio.engine import Engine, File, OpenMode
+from ..errors import CorruptionError, StorageError
 from . import files, manifests
 from .owner import Owner
 from .records import Manifest
+from .room import check_room, reserve
 from .rundir import DATA_NAME, RunDirectory
 
 __all__ = ["Drive", "close_drives", "create_drives", "open_drives", "read_owners"]
+
+# For the message about too little room.
+_WHAT, _CURE = "the run", "free some space, use another directory, or offload less"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,9 @@ def create_drives(
         DiskFullError: not enough room, with the bytes needed and free; nothing is left behind.
         StorageError: a directory is missing, unwritable, or not safe to use.
     """
-    _check_room(directories, manifest.drive_nbytes, manifest_nbytes)
+    # Three manifests: the last two and the one being written.
+    needed = [nbytes + 3 * manifest_nbytes for nbytes in manifest.drive_nbytes]
+    check_room(directories, needed, what=_WHAT, cure=_CURE)
     drives: list[Drive] = []
     folders: list[RunDirectory] = []
     try:
@@ -68,7 +72,7 @@ def create_drives(
             path = folder.path_of(DATA_NAME)
             drives.append(Drive(folder, engine.open(DATA_NAME, "x+", dir_fd=folder.fd), path))
             if nbytes := manifest.drive_nbytes[index]:
-                _reserve(drives[-1], nbytes)
+                reserve(drives[-1].file, directory, nbytes, what=_WHAT, cure=_CURE)
             engine.sync(drives[-1].file)
         manifests.stage(folders, 0, data)
         manifests.publish(folders, 0)
@@ -82,7 +86,7 @@ def create_drives(
 
 
 def open_drives(
-    directories: Sequence[str], run_id: UUID, *, engine: Engine
+    directories: Sequence[str], run_id: UUID, *, engine: Engine, read_only: bool = False
 ) -> tuple[tuple[Drive, ...], manifests.Recovered]:
     """Lock a run's folders, find its newest generation, and open its data files.
 
@@ -90,6 +94,8 @@ def open_drives(
         directories: where its folders lie, in any order.
         run_id: the run.
         engine: opens the data files.
+        read_only: the data files cannot be written, nothing is made durable or mended, and others may
+            read as well.
 
     Raises:
         LockedError: a live process uses it.
@@ -101,7 +107,7 @@ def open_drives(
         for directory in directories:
             found.append(RunDirectory.open(directory, run_id))
             undo.callback(found[-1].close)
-            found[-1].acquire()
+            found[-1].acquire(shared=read_only)
         folders = _in_order(found, read_owners(found))
         recovered = manifests.find_newest(folders)
         drives = []
@@ -113,11 +119,13 @@ def open_drives(
             )
         for folder, nbytes in zip(folders, recovered.manifest.drive_nbytes, strict=True):
             path = folder.path_of(DATA_NAME)
-            drive = Drive(folder, engine.open(DATA_NAME, "r+", dir_fd=folder.fd), path)
+            mode: OpenMode = "r" if read_only else "r+"
+            drive = Drive(folder, engine.open(DATA_NAME, mode, dir_fd=folder.fd), path)
             undo.callback(drive.file.close)
             drives.append(drive)
             _check_data_file(drive, nbytes)
-        manifests.heal(folders, recovered)
+        if not read_only:
+            manifests.heal(folders, recovered)
         undo.pop_all()
     return tuple(drives), recovered
 
@@ -159,42 +167,6 @@ def _in_order(folders: Sequence[RunDirectory], owners: Sequence[Owner]) -> list[
     if len(by_drive) != len(expected):
         raise StorageError(f"the folders given do not belong to one run of {len(expected)} drives")
     return [by_drive[drive] for drive in range(len(expected))]
-
-
-def _check_room(directories: Sequence[str], drive_nbytes: Sequence[int], manifest_nbytes: int) -> None:
-    """Refuse before anything is made; two directories may share one file system."""
-    devices: list[int] = []
-    needed: dict[int, int] = defaultdict(int)
-    for directory, nbytes in zip(directories, drive_nbytes, strict=True):
-        with files.storage_errors("use directory", directory):
-            devices.append(os.stat(directory).st_dev)
-        # Three manifests: the last two and the one being written.
-        needed[devices[-1]] += nbytes + 3 * manifest_nbytes
-    for directory, device in zip(directories, devices, strict=True):
-        with files.storage_errors("examine", directory):
-            free = os.statvfs(directory)
-        if needed[device] > free.f_bavail * free.f_frsize:
-            raise _full(directory, needed[device], free.f_bavail * free.f_frsize)
-
-
-def _reserve(drive: Drive, nbytes: int) -> None:
-    try:
-        drive.file.allocate(nbytes)
-    except DiskFullError as error:
-        free = os.fstatvfs(drive.folder.fd)
-        raise _full(drive.folder.directory, nbytes, free.f_bavail * free.f_frsize) from error
-
-
-def _full(directory: str, needed: int, free: int) -> DiskFullError:
-    return DiskFullError(
-        f"{directory} has {format_bytes(free)} free ({free:,} bytes) and the run needs "
-        f"{format_bytes(needed)} ({needed:,} bytes) there; free some space, use another directory, or "
-        "offload less",
-        errno=errno.ENOSPC,
-        path=directory,
-        asked_nbytes=needed,
-        got_nbytes=free,
-    )
 
 
 def _check_data_file(drive: Drive, nbytes: int) -> None:

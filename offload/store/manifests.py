@@ -38,14 +38,21 @@ class Recovered:
     notes: tuple[str, ...]
 
 
-def find_newest(folders: Sequence[RunDirectory]) -> Recovered:
+def find_newest(folders: Sequence[RunDirectory], *, below: int | None = None) -> Recovered:
     """Return the newest manifest that is valid on at least one of `folders`; change nothing.
+
+    Args:
+        folders: the run's, one a drive or fewer.
+        below: only generations before this one count; all when None.
 
     Raises:
         CorruptionError: no valid manifest, or two that differ for one generation.
         StorageError: the newest is of a newer major version of the format.
     """
-    generations = [set(folder.manifest_generations()) for folder in folders]
+    generations = [
+        {number for number in folder.manifest_generations() if below is None or number < below}
+        for folder in folders
+    ]
     notes: list[str] = []
     for generation in sorted(set().union(*generations), reverse=True):
         found: Recovered | None = None

@@ -18,7 +18,7 @@ from uuid import UUID
 
 from ..errors import StorageError
 from . import files
-from .lock import LOCK_NAME, RunLock
+from .lock import LOCK_NAME, RunLock, find_holder
 from .owner import MAX_OWNER_NBYTES, OWNER_NAME, Owner, decode_owner, encode_owner
 from .records import MAX_MANIFEST_NBYTES
 
@@ -29,7 +29,9 @@ _FOLDER = re.compile(r"run-([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9
 _MANIFEST = re.compile(r"manifest-(0|[1-9][0-9]{0,18})")
 # A file of a scratch area, while it is made; see `scratch.py`.
 _SCRATCH = re.compile(r"scratch-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-_STAGED = re.compile(r"(manifest-(0|[1-9][0-9]{0,18})|OFFLOAD_RUN)\.tmp")
+# A description, and the records it describes.
+_SNAPSHOT = re.compile(r"snapshot-([A-Za-z0-9][A-Za-z0-9_-]{0,63})(\.bin)?")
+_STAGED = re.compile(rf"({_MANIFEST.pattern}|OFFLOAD_RUN|snapshot-[A-Za-z0-9][A-Za-z0-9_-]{{0,63}})\.tmp")
 
 
 def run_folder_name(run_id: UUID) -> str:
@@ -113,13 +115,24 @@ class RunDirectory:
             raise
         return folder
 
-    def acquire(self) -> None:
-        """Take the run's lock in this folder.
+    def acquire(self, *, shared: bool = False) -> None:
+        """Take the run's lock in this folder; `shared` is enough to read.
 
         Raises:
             LockedError: a live process holds it.
         """
-        self.lock = RunLock(self.fd, self.path_of(LOCK_NAME))
+        self.lock = RunLock(self.fd, self.path_of(LOCK_NAME), shared=shared)
+
+    def find_holder(self) -> int | None:
+        """Return the pid of the process that uses the run, 0 where it is not known; None for nobody."""
+        return find_holder(self.fd, self.path_of(LOCK_NAME))
+
+    def written_s(self, name: str) -> float | None:
+        """Return when an entry was last written, in seconds since 1970; None when it is not there."""
+        try:
+            return os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mtime
+        except OSError:
+            return None
 
     def close(self) -> None:
         """Release the lock and the descriptors. Closing twice is harmless."""
@@ -160,6 +173,11 @@ class RunDirectory:
         """Return the generations that have a manifest here by name, newest first."""
         found = (_MANIFEST.fullmatch(name) for name in self.names())
         return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def snapshot_names(self) -> tuple[set[str], set[str]]:
+        """Return the snapshots that have a description here by name, and those that have data."""
+        found = [match for name in self.names() if (match := _SNAPSHOT.fullmatch(name))]
+        return {match[1] for match in found if not match[2]}, {match[1] for match in found if match[2]}
 
     def staged_names(self) -> list[str]:
         """Return the files left by a `stage` that no `publish` followed."""

@@ -1,7 +1,12 @@
-"""The runs that lie in a directory: list them without touching anything, remove one that is ours."""
+"""The runs that lie in directories: list them without touching anything, remove one that is ours.
+
+`list_runs` looks at one directory and tells what each run folder there says for itself; `find_runs` puts
+the folders of a run on several drives together and says in which state the run is.
+"""
 
 from __future__ import annotations
 
+import enum
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,7 +18,7 @@ from ..errors import StorageError
 from .manifests import find_newest
 from .rundir import RunDirectory, run_folder_name, runs_in
 
-__all__ = ["RunInfo", "list_runs", "remove_run"]
+__all__ = ["FoundRun", "RunInfo", "RunState", "find_runs", "list_runs", "remove_run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,11 @@ class RunInfo:
         nbytes: length of its data file here.
         state: what was committed with the generation.
         identity: what the run says it is.
+        holder: pid of the process that writes to it, 0 where it is not known; None for nobody.
+        committed_s: when the manifest was written, in seconds since 1970.
+        notes: damaged manifests that were passed over, one line each.
+        is_unfinished: whether a process ended while it made or removed the folder; it proves nothing,
+            and nothing is lost with it.
     """
 
     run_id: str
@@ -41,16 +51,88 @@ class RunInfo:
     nbytes: int = 0
     state: Mapping[str, Any] | None = None
     identity: Mapping[str, Any] | None = None
+    holder: int | None = None
+    committed_s: float | None = None
+    notes: tuple[str, ...] = ()
+    is_unfinished: bool = False
+
+    @property
+    def directory(self) -> str:
+        """The directory that the folder lies in."""
+        return os.path.dirname(self.path)
+
+
+class RunState(enum.Enum):
+    """What can be done with a run."""
+
+    COMPLETE = "complete"  # it can be opened and goes on from its newest generation
+    IN_USE = "in use"  # a process has it open
+    UNFINISHED = "unfinished"  # its creation or first import was interrupted: nothing was committed
+    DAMAGED = "damaged"  # a manifest or a folder is not what was written
+    DRIVE_MISSING = "drive missing"  # a part of it was not found
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRun:
+    """A run with all its folders that were found.
+
+    Attributes:
+        run_id: the run.
+        folders: what was found, by drive.
+        state: what can be done with it.
+        reason: one sentence for a state that needs one, empty otherwise.
+    """
+
+    run_id: str
+    folders: tuple[RunInfo, ...]
+    state: RunState
+    reason: str
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """The directories its folders lie in: what opens it."""
+        return tuple(folder.directory for folder in self.folders)
+
+    @property
+    def newest(self) -> RunInfo:
+        """The folder that holds the newest generation."""
+        return max(self.folders, key=lambda folder: (folder.problem is None, folder.generation))
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the data files that were found."""
+        return sum(folder.nbytes for folder in self.folders)
+
+    @property
+    def holder(self) -> int | None:
+        """Pid of the process that has it open, 0 where it is not known; None for nobody."""
+        return next((folder.holder for folder in self.folders if folder.holder is not None), None)
 
 
 def list_runs(directory: str | os.PathLike[str]) -> tuple[RunInfo, ...]:
-    """Return the runs that have a folder in `directory`, without locking or changing anything.
+    """Return the runs that have a folder in `directory`, without changing anything.
 
     Raises:
         StorageError: `directory` cannot be listed.
     """
     directory = os.path.abspath(directory)
     return tuple(_look(directory, run_id) for run_id in runs_in(directory))
+
+
+def find_runs(directories: Sequence[str | os.PathLike[str]]) -> tuple[FoundRun, ...]:
+    """Return the runs that have a folder in any of `directories`, the newest commit first.
+
+    Nothing is changed, and no run is kept from its user.
+
+    Raises:
+        StorageError: a directory cannot be listed.
+    """
+    folders: dict[str, list[RunInfo]] = {}
+    for directory in dict.fromkeys(os.path.abspath(path) for path in directories):
+        for info in list_runs(directory):
+            folders.setdefault(info.run_id, []).append(info)
+    runs = [_judge(run_id, infos) for run_id, infos in folders.items()]
+    return tuple(sorted(runs, key=lambda run: (-(run.newest.committed_s or 0), run.run_id)))
 
 
 def remove_run(directories: Sequence[str | os.PathLike[str]], run_id: str) -> None:
@@ -81,16 +163,34 @@ def remove_run(directories: Sequence[str | os.PathLike[str]], run_id: str) -> No
 
 def _look(directory: str, run_id: UUID) -> RunInfo:
     path = os.path.join(directory, run_folder_name(run_id))
+    holder: int | None = None
+    blank = False
     try:
         folder = RunDirectory.open(directory, run_id)
         try:
+            blank = folder.is_blank()
+            holder = folder.find_holder()
             owner = folder.read_owner()
-            manifest = find_newest([folder]).manifest
+            if not folder.manifest_generations():
+                # The first manifest is published last.
+                return RunInfo(
+                    str(run_id),
+                    path,
+                    "its creation was interrupted",
+                    owner.drive,
+                    owner.directories,
+                    holder=holder,
+                    is_unfinished=True,
+                )
+            recovered = find_newest([folder])
+            manifest = recovered.manifest
+            committed_s = folder.written_s(folder.manifest_name(manifest.generation))
         finally:
             folder.close()
         nbytes = manifest.drive_nbytes[owner.drive] if owner.drive < len(manifest.drive_nbytes) else 0
     except StorageError as error:
-        return RunInfo(str(run_id), path, problem=str(error))
+        problem = "its creation or removal was interrupted" if blank else str(error)
+        return RunInfo(str(run_id), path, problem, holder=holder, is_unfinished=blank)
     return RunInfo(
         str(run_id),
         path,
@@ -101,4 +201,40 @@ def _look(directory: str, run_id: UUID) -> RunInfo:
         nbytes,
         manifest.state,
         manifest.identity,
+        holder,
+        committed_s,
+        recovered.notes,
     )
+
+
+def _judge(run_id: str, infos: Sequence[RunInfo]) -> FoundRun:
+    folders = tuple(sorted(infos, key=lambda info: (info.problem is not None, info.drive, info.path)))
+    state, reason = _state(folders)
+    return FoundRun(run_id, folders, state, reason)
+
+
+def _state(folders: Sequence[RunInfo]) -> tuple[RunState, str]:
+    holder = next((folder.holder for folder in folders if folder.holder is not None), None)
+    if holder is not None:
+        return RunState.IN_USE, f"being used by process {holder}" if holder else "being used by a process"
+    for folder in folders:
+        if folder.problem is not None and not folder.is_unfinished:
+            return RunState.DAMAGED, folder.problem
+    for folder in folders:
+        if folder.problem is not None:
+            return RunState.UNFINISHED, folder.problem
+    drives = [folder.drive for folder in folders]
+    for drive, folder in zip(drives[1:], folders[1:], strict=True):
+        if drives.count(drive) > 1:
+            return RunState.DAMAGED, f"{folder.path} and another folder are both drive {drive}"
+    for drive, directory in enumerate(folders[0].directories):
+        if drive not in drives:
+            return RunState.DRIVE_MISSING, (
+                f"drive {drive} of {len(folders[0].directories)} is not here; it was {directory}"
+            )
+    notes = [note for folder in folders for note in folder.notes]
+    if notes:
+        return RunState.DAMAGED, f"it goes on from an older manifest, or a copy: {notes[0]}"
+    if max(folder.generation for folder in folders) == 0:
+        return RunState.UNFINISHED, "its first import did not finish"
+    return RunState.COMPLETE, ""

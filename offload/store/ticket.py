@@ -172,7 +172,7 @@ class Ticket:
                     f"checksum mismatch in {part.path} (drive {part.drive}) at offset {offset_bytes:,}: "
                     f"chunk {check.chunk} of record {self.record} has crc32c {got:08x}, expected "
                     f"{check.expected:08x}; these are not the bytes that were written: check the drive "
-                    "and the memory, then resume from an export or a backup",
+                    "and the memory; 'offload verify' tells whether the generation before is whole",
                     path=part.path,
                     offset_bytes=offset_bytes,
                     asked_nbytes=check.end - check.begin,

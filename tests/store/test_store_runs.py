@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 from contextlib import suppress
 
 import pytest
 from store_content import write_all
 
 from offload.errors import CorruptionError, LockedError, StorageError
-from offload.store import Store, files, list_runs, remove_run
+from offload.store import RunState, Store, files, find_runs, list_runs, remove_run
 
 RUN_ID = "00010203-0405-4607-8809-0a0b0c0d0e0f"
 
@@ -178,3 +180,111 @@ def test_what_a_creation_began_can_be_removed(dirs):
     (folder / "lock").touch(mode=0o600)
     remove_run(dirs[:1], RUN_ID)
     assert not folder.exists()
+
+
+def found(dirs):
+    (run,) = find_runs(dirs)
+    return run
+
+
+def test_a_run_is_put_together_from_its_drives(dirs, run_id):
+    run = found(dirs[::-1])
+    assert (run.run_id, run.state, run.reason) == (run_id, RunState.COMPLETE, "")
+    assert run.directories == tuple(map(str, dirs))
+    assert run.nbytes == sum(folder.nbytes for folder in run.folders) > 0
+    assert run.newest.state == {"step": 1}
+    assert abs(run.newest.committed_s - time.time()) < 600
+
+
+def test_a_directory_named_twice_counts_once(dirs, run_id):
+    assert len(found([*dirs, dirs[0], f"{dirs[0]}/"]).folders) == 2
+
+
+def test_a_missing_drive_is_told_with_where_it_was(dirs, run_id):
+    run = found(dirs[:1])
+    assert (run.state, run.reason) == (
+        RunState.DRIVE_MISSING,
+        f"drive 1 of 2 is not here; it was {dirs[1]}",
+    )
+
+
+def test_a_run_in_use_names_the_process(dirs, store):
+    run = found(dirs)
+    assert (run.state, run.holder) == (RunState.IN_USE, os.getpid())
+    assert run.reason == f"being used by process {os.getpid()}"
+
+
+def test_looking_keeps_nobody_out(dirs, engine, run_id):
+    """Whoever opens the run while somebody lists it gets it."""
+    stop = threading.Event()
+
+    def look():
+        while not stop.is_set():
+            find_runs(dirs)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(50):
+            Store.open(dirs, engine=engine, run_id=run_id).close()
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_holder_that_does_not_say_who_it_is(dirs, store):
+    for path in dirs:
+        (path / f"run-{store.run_id}" / "lock").write_bytes(b"\xff{")
+    run = found(dirs)
+    assert (run.state, run.holder, run.reason) == (RunState.IN_USE, 0, "being used by a process")
+
+
+def test_a_run_without_a_commit_is_unfinished(dirs, specs, engine):
+    with Store.create(dirs, specs, engine=engine):
+        pass
+    assert (found(dirs).state, found(dirs).reason) == (
+        RunState.UNFINISHED,
+        "its first import did not finish",
+    )
+
+
+@pytest.mark.parametrize("left", [[], ["lock"], ["OFFLOAD_RUN.tmp", "lock"], ["OFFLOAD_RUN", "data.bin"]])
+def test_what_a_killed_creation_left_is_unfinished(dirs, run_id, left):
+    folder = dirs[1] / f"run-{run_id}"
+    for path in folder.iterdir():
+        if path.name not in left:
+            path.unlink()
+    for name in left:
+        (folder / name).touch(mode=0o600)
+    run = found(dirs[1:])
+    assert run.state is RunState.UNFINISHED
+    assert "interrupted" in run.reason
+
+
+def test_a_damaged_manifest_is_told(dirs, run_id):
+    for path in dirs:
+        (path / f"run-{run_id}" / "manifest-1").write_bytes(b"torn")
+    run = found(dirs)
+    assert run.state is RunState.DAMAGED
+    assert f"{dirs[0]}/run-{run_id}/manifest-1 does not begin with" in run.reason
+    assert run.newest.generation == 0
+
+
+def test_without_any_valid_manifest_a_run_is_damaged(dirs, run_id):
+    for name in ("manifest-0", "manifest-1"):
+        (dirs[0] / f"run-{run_id}" / name).write_bytes(b"torn")
+    assert found(dirs[:1]).state is RunState.DAMAGED
+
+
+def test_a_copy_of_a_drive_is_told(tmp_path, dirs, run_id):
+    shutil.copytree(dirs[0], tmp_path / "copy")
+    run = found([*dirs, tmp_path / "copy"])
+    assert (run.state, "are both drive 0" in run.reason) == (RunState.DAMAGED, True)
+
+
+def test_the_newest_commit_comes_first(dirs, specs, engine, run_id):
+    with Store.create(dirs, specs, engine=engine) as other:
+        pass
+    for path in dirs:
+        os.utime(path / f"run-{other.run_id}" / "manifest-0", (1, 1))
+    assert [run.run_id for run in find_runs(dirs)] == [run_id, other.run_id]
