@@ -4,6 +4,7 @@ from .fallback import FallBack, fall_back
 from .format import RecordSpec
 from .reading import Generation, RunReader
 from .runs import FoundRun, RunInfo, RunState, find_runs, list_runs, remove_run
+from .snapshot_files import SnapshotInfo, list_snapshots
 from .store import Store
 from .ticket import Ticket
 from .verify import DamagedChunk, RunReport, VerifyReport, verify_reader
@@ -18,12 +19,14 @@ __all__ = [
     "RunReader",
     "RunReport",
     "RunState",
+    "SnapshotInfo",
     "Store",
     "Ticket",
     "VerifyReport",
     "fall_back",
     "find_runs",
     "list_runs",
+    "list_snapshots",
     "remove_run",
     "verify_reader",
 ]

@@ -8,8 +8,10 @@ through which manifests, ownership files and locks reach the disk: crash tests r
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,9 +19,11 @@ from ..errors import CorruptionError, DiskFullError, StorageError
 
 __all__ = [
     "check_owned",
+    "clone_range",
     "create_file",
     "make_directory",
     "open_directory",
+    "open_file",
     "read_file",
     "remove_directory",
     "rename",
@@ -30,6 +34,12 @@ __all__ = [
 ]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+# ioctl_ficlonerange(2): the request, its argument (descriptor, offset, length, target's offset), and the
+# errors that say that this file system, or this pair of files, cannot.
+_FICLONERANGE = 0x4020940D
+_CLONE = struct.Struct("=qQQQ")
+_NO_CLONES = (errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 
 
 @contextmanager
@@ -101,6 +111,39 @@ def create_file(dir_fd: int, name: str, path: str) -> int:
     with storage_errors("set the mode of", path):
         os.fchmod(fd, 0o600)
     return fd
+
+
+def open_file(dir_fd: int, name: str, path: str, *, write: bool = False) -> int:
+    """Open a plain file of ours and return its descriptor.
+
+    Raises:
+        StorageError: missing, not ours alone, or not to be opened.
+    """
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    with storage_errors("open", path):
+        fd = os.open(name, flags, dir_fd=dir_fd)
+    try:
+        check_owned(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def clone_range(fd: int, offset: int, target_fd: int, target_offset: int, nbytes: int, path: str) -> bool:
+    """Let a range of a file share the bytes of another file; return whether the file system can.
+
+    Raises:
+        StorageError: it can, and failed; `path` is the target's.
+    """
+    with storage_errors("share extents with", path):
+        try:
+            fcntl.ioctl(target_fd, _FICLONERANGE, _CLONE.pack(fd, offset, nbytes, target_offset))
+        except OSError as error:
+            if error.errno in _NO_CLONES:
+                return False
+            raise
+    return True
 
 
 def write_file(fd: int, data: bytes, path: str) -> None:

@@ -241,7 +241,7 @@ class RunDirectory:
             name
             for name in self.names()
             if name not in known
-            and not any(pattern.fullmatch(name) for pattern in (_MANIFEST, _STAGED, _SCRATCH))
+            and not any(pattern.fullmatch(name) for pattern in (_MANIFEST, _STAGED, _SCRATCH, _SNAPSHOT))
         )
         if foreign:
             raise StorageError(

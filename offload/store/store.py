@@ -10,8 +10,8 @@ Invariants:
   that stopped between its first rename and its last, poisons it until the run is opened again.
 
 Thread rule: `read`, `write` and their tickets may be used from any threads; transfers of the same bytes
-take place in the order they were asked for. `commit`, `rollback` and `close` are for one thread; a
-write during a commit is refused. No lock is held while waiting for a drive.
+take place in the order they were asked for. `commit`, `rollback`, `close` and those of snapshots are for
+one thread; a write during a commit or a snapshot is refused. No lock is held while waiting for a drive.
 
 The store does not own the engine, does not know what its records mean, and keeps no bytes in memory.
 """
@@ -22,24 +22,27 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID, uuid4
 
 from ..aio.engine import Engine
-from ..errors import DiskFullError, StateError
+from ..errors import StateError
 from ..sizes import MIB
 from . import manifests
+from .committing import made_durable, next_manifest
 from .drives import Drive, close_drives, create_drives, open_drives
 from .format import encode_manifest, max_manifest_nbytes
 from .framing import canonical_json
 from .poison import Poison
-from .records import Manifest, RecordSpec, first_manifest, stripes_of
+from .records import RecordSpec, first_manifest, stripes_of
 from .scratch import Scratch
+from .snapshot_files import SnapshotInfo
+from .snapshot_files import recover as recover_snapshots
+from .snapshots import Progress, Snapshots
 from .span import Span
 from .submit import submit, submitting
-from .table import Record, Version, describe_ranges
+from .table import Record, Version
 from .ticket import Piece, Ticket
 from .verify import VerifyReport, verify_run
 
@@ -71,6 +74,7 @@ class Store:
             entry.spec.name: Record.from_entry(self._base.run_id, index, entry, stripe)
             for index, (entry, stripe) in enumerate(zip(self._base.records, stripes, strict=True))
         }
+        self._snapshots = Snapshots(self._drives, self._records, engine=engine, run_id=self._base.run_id)
         self._lock = threading.Lock()
         self._committing = False
         self._closed = False
@@ -141,6 +145,7 @@ class Store:
         if not paths:
             raise ValueError("name the directories of the run; got none")
         drives, recovered = open_drives(paths, UUID(run_id), engine=engine)
+        recover_snapshots([drive.folder for drive in drives])
         return cls(drives, recovered, engine=engine)
 
     @property
@@ -215,13 +220,8 @@ class Store:
         with submitting(ticket, earlier) as parts:
             self._check_sources(span.record, sources)
             for version, first, end in sources:
-                submit(
-                    self._engine,
-                    self._drives,
-                    "read",
-                    parts,
-                    span.transfers(version, first, end, verify=True),
-                )
+                transfers = span.transfers(version, first, end, verify=True)
+                submit(self._engine, self._drives, "read", parts, transfers)
         return ticket
 
     def write(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
@@ -250,13 +250,8 @@ class Store:
             checksums = span.checksums(version.generation)
             with self._lock:
                 version.put(span.first, checksums)
-            submit(
-                self._engine,
-                self._drives,
-                "write",
-                parts,
-                span.transfers(version, span.first, span.end, verify=False),
-            )
+            transfers = span.transfers(version, span.first, span.end, verify=False)
+            submit(self._engine, self._drives, "write", parts, transfers)
         return ticket
 
     def commit(self, state: Mapping[str, Any]) -> int:
@@ -291,8 +286,12 @@ class Store:
                 ticket.settle()
             with self._lock:
                 self._check_poison("be committed")
-                manifest = self._next_manifest(state)
-            self._make_durable(manifest)
+                manifest = next_manifest(self._base, self._parent, self._records, state)
+            durable = made_durable(self._engine, self._drives, manifest, self._commit_failed)
+            with durable as checksum, self._lock:
+                self._base, self._parent = manifest, checksum
+                for record in self._records.values():
+                    record.commit()
         finally:
             self._committing = False
         manifests.prune([drive.folder for drive in self._drives], manifest.generation)
@@ -327,6 +326,75 @@ class Store:
         return Scratch.create(
             folders, records, engine=self._engine, deal=self._base.deal, chunk_nbytes=chunk_nbytes
         )
+
+    def snapshot(
+        self, name: str, *, buffer: Buffer | None = None, progress: Progress | None = None
+    ) -> SnapshotInfo:
+        """Copy the committed generation beside the run, to go back to; writes meanwhile are refused.
+
+        Args:
+            name: 1 to 64 letters, digits, `_` and `-`; no snapshot of the run has it.
+            buffer: what to copy through, a chunk or more; 32 MiB of its own when None.
+            progress: called with bytes copied so far and in all, unless extents are shared.
+
+        Raises:
+            DiskFullError: no room, with the bytes needed and free; nothing is left behind.
+            StateError: the name is taken, a mutable record was never committed, poisoned, or closed.
+            CorruptionError: a committed chunk does not verify; nothing is left behind.
+        """
+        with self._lock:
+            self._check_writable()
+            self._committing = True
+        try:
+            return self._snapshots.make(name, self._base, buffer, progress)
+        finally:
+            self._committing = False
+
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        """Return the snapshots of the run, the oldest first; one that is damaged says why."""
+        return self._snapshots.list()
+
+    def restore(
+        self,
+        name: str,
+        *,
+        state: Mapping[str, Any] | None = None,
+        buffer: Buffer | None = None,
+        progress: Progress | None = None,
+    ) -> int:
+        """Commit a snapshot's records as a new generation; until then the last commit stands.
+
+        What was written since the last commit is forgotten; the snapshot stays.
+
+        Args:
+            name: the snapshot.
+            state: what to commit with it; the snapshot's own when None.
+            buffer, progress: as in `snapshot`.
+
+        Returns:
+            The new generation's number.
+
+        Raises:
+            StateError: no such snapshot, poisoned, or closed.
+            CorruptionError: the snapshot is damaged; names the file, drive, offset, record and chunk.
+        """
+        self.rollback()
+        try:
+            kept = self._snapshots.copy_out(name, self.write, buffer, progress)
+        except BaseException:
+            self.rollback()
+            raise
+        return self.commit(kept if state is None else state)
+
+    def drop_snapshot(self, name: str) -> None:
+        """Remove a snapshot, a damaged one as well; it is there whole until it is gone.
+
+        Raises:
+            StateError: there is none of that name, or the store is closed.
+        """
+        with self._lock:
+            self._check_open()
+        self._snapshots.drop(name)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read everything again and check every checksum.
@@ -370,50 +438,9 @@ class Store:
             raise StateError(f"run {self.run_id} has no record {name!r} among its {len(self._records)}")
         return record
 
-    def _next_manifest(self, state: Mapping[str, Any]) -> Manifest:
-        for name, record in self._records.items():
-            if missing := record.missing():
-                raise StateError(
-                    f"record {name} is only partly written: chunks {describe_ranges(missing)} of "
-                    f"{record.stripe.num_chunks} are missing; write the whole record before the commit"
-                )
-        return replace(
-            self._base,
-            generation=self._base.generation + 1,
-            parent=self._parent,
-            records=tuple(record.next_entry() for record in self._records.values()),
-            state=state,
-        )
-
-    def _make_durable(self, manifest: Manifest) -> None:
-        """Sync the data, publish the manifest, go on from it; poisoned for good when it stops on the way.
-
-        A failed sync may have dropped what it should have written and cannot be tried again. After the
-        first rename the new generation may be found by the next opening, so its extents must not be
-        written any more. Only a manifest that found no room has changed nothing.
-        """
-        data, checksum = encode_manifest(manifest)
-        folders = [drive.folder for drive in self._drives]
-        has_room = True
-        try:
-            for drive in self._drives:
-                self._engine.sync(drive.file)
-            try:
-                manifests.stage(folders, manifest.generation, data)
-            except DiskFullError:
-                has_room = False
-                raise
-            manifests.publish(folders, manifest.generation)
-            # Still inside: an interrupt here must not leave us building on the generation before.
-            with self._lock:
-                self._base, self._parent = manifest, checksum
-                for record in self._records.values():
-                    record.commit()
-        except BaseException as error:
-            if has_room:
-                reason = f"the commit of generation {manifest.generation} did not complete: {error!r}"
-                self._poison = Poison(reason, error, permanent=True)
-            raise
+    def _commit_failed(self, error: BaseException) -> None:
+        reason = f"the commit of generation {self.generation + 1} did not complete: {error!r}"
+        self._poison = Poison(reason, error, permanent=True)
 
     def _write_failed(self, error: BaseException) -> None:
         # Without the lock: a ticket may report while the lock is held, and the first report is enough.
@@ -428,7 +455,9 @@ class Store:
     def _check_writable(self) -> None:
         self._check_open()
         if self._committing:
-            raise StateError(f"a commit of run {self.run_id} is in progress; write when it has returned")
+            raise StateError(
+                f"a commit of run {self.run_id} is in progress, or a snapshot; write when it has returned"
+            )
         self._check_poison("be continued")
 
     def _check_poison(self, what: str) -> None:
