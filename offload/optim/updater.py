@@ -289,6 +289,8 @@ class Updater:
                 self._finish_step(item)
         except _FAILURES as error:
             self._fail(error)
+            if isinstance(item, Update):
+                self._give_up(item)
 
     def _fail(self, error: BaseException) -> None:
         self._error = error
@@ -299,11 +301,16 @@ class Updater:
         if isinstance(item, _Measure) or (isinstance(item, Update) and not item.measured):
             self._norms.miss()
         if isinstance(item, Update):
-            # The copy into it may not have ended.
-            item.gradient.arrived.wait()
-            item.gradient.host.release()
-            if self._residents is None and item.weights is not None:
-                item.weights.release()
+            self._give_up(item)
+
+    def _give_up(self, update: Update) -> None:
+        """Give back what an update still holds; the model's thread may wait for the slot."""
+        # The copy into it may not have ended.
+        update.gradient.arrived.wait()
+        if not update.gradient.host.released:
+            update.gradient.host.release()
+        if self._residents is None and update.weights is not None and not update.weights.released:
+            update.weights.release()
 
     def _measure(self, owner: str, gradient: FinishedGradient) -> bool:
         """Note the gradient's squared norm; return whether it is finite."""
