@@ -221,14 +221,16 @@ def recover(folders: Sequence[RunDirectory]) -> None:
         except (StorageError, StateError) as error:
             _log.warning("snapshot %s: %s", name, error)
     for folder, (_, data) in zip(folders, present, strict=True):
-        for name in sorted(data - described):
+        parts = [data_name(name) for name in data - described]
+        parts += [name for name in folder.staged_names() if name.startswith(description_name(""))]
+        for name in sorted(parts):
             try:
-                os.close(files.open_file(folder.fd, data_name(name), folder.path_of(data_name(name))))
-                folder.discard(data_name(name))
+                os.close(files.open_file(folder.fd, name, folder.path_of(name)))
+                folder.discard(name)
             except StorageError as error:
                 _log.warning("a part of an unfinished snapshot stays: %s", error)
             else:
-                _log.info("removed %s, of a snapshot that was not finished", folder.path_of(data_name(name)))
+                _log.info("removed %s, of a snapshot that was not finished", folder.path_of(name))
 
 
 def description_name(name: str) -> str:

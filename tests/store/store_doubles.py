@@ -268,7 +268,7 @@ class PowerLoss:
         self._rename_pending(path, ("rename", old, self.content[path]), new=path)
 
     def _unlink(self, path, detail) -> None:
-        self.content.pop(path)
+        self.content.pop(path, None)  # A process killed at its creation has left it.
         self._rename_pending(path, ("unlink", path, None))
 
     def _rename_pending(self, path, change, new=None) -> None:
