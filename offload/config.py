@@ -31,7 +31,7 @@ from pydantic import (
 from .aio.engine import EngineName
 from .errors import ConfigError
 from .sizes import MIB, parse_bytes
-from .specs import RecordDType
+from .specs import MomentDType, RecordDType
 
 __all__ = ["ALIASES", "ELSEWHERE", "GROUPS", "FinetuneConfig", "load_config", "read_yaml", "suggest"]
 
@@ -183,6 +183,9 @@ class FinetuneConfig(BaseModel):
     )
     dtype: RecordDType = Field(
         "bfloat16", description="How master weights are stored; exact fp32 either way."
+    )
+    moments: MomentDType = Field(
+        "float32", description="How AdamW's moments are stored: 8bit takes a quarter of the bytes, rounded."
     )
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Dtype of the arithmetic; bfloat16 on a GPU, else float32."

@@ -163,6 +163,7 @@ def _prepare(config: FinetuneConfig, output: OutputDirectory, stack: ExitStack) 
             "rows_per_step": config.rows_per_step,
             "seed": config.seed,
             "dtype": config.dtype,
+            "moments": config.moments,
             "compute_dtype": compute,
         },
         device=device,
@@ -237,6 +238,7 @@ def _options(job: _Job, pointer: RunPointer, *, resume: bool) -> RuntimeOptions:
         device_memory=config.device_memory or _free_device_memory(job.device),
         device=str(job.device),
         dtype=config.dtype,
+        moments=config.moments,
         compute_dtype=job.compute_dtype,
         rows=config.per_device_train_batch_size if config.gradient_accumulation_steps > 1 else None,
         optimizer=AdamWOptions(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -170,26 +172,99 @@ def test_golden_layout_of_the_float32_format() -> None:
     assert layout.weights_nbytes(1000) == 4096
 
 
+def test_golden_layout_of_8bit_moments() -> None:
+    layout = RecordFormat(moments="8bit")
+    first, last = layout.optimizer_chunks((1 << 21) + 256)
+    mib, kib = 1 << 20, 1 << 10
+    assert first.residual == slice(0, 4 * mib)
+    assert first.exp_avg == slice(4 * mib, 6 * mib)
+    assert first.exp_avg_scales == slice(6 * mib, 6 * mib + 32 * kib)
+    assert first.exp_avg_sq == slice(6 * mib + 32 * kib, 8 * mib + 32 * kib)
+    assert first.exp_avg_sq_scales == slice(8 * mib + 32 * kib, 8 * mib + 64 * kib)
+    assert first.nbytes == layout.chunk_nbytes == 8 * mib + 64 * kib
+    assert (last.start, last.offset_bytes, last.nbytes) == (1 << 21, first.nbytes, 4096)
+    # Two scales of two bytes each, and the next array from the next 64-byte boundary.
+    assert last.residual == slice(0, 512)
+    assert (last.exp_avg, last.exp_avg_scales) == (slice(512, 768), slice(768, 772))
+    assert (last.exp_avg_sq, last.exp_avg_sq_scales) == (slice(832, 1088), slice(1088, 1092))
+    assert layout.optimizer_nbytes((1 << 21) + 256) == first.nbytes + 4096
+    assert layout.weights_nbytes(1 << 21) == RecordFormat().weights_nbytes(1 << 21)
+
+
+def test_golden_layout_of_8bit_moments_beside_float32_weights() -> None:
+    (chunk,) = RecordFormat("float32", moments="8bit").optimizer_chunks(1 << 21)
+    mib, kib = 1 << 20, 1 << 10
+    assert chunk.residual is None
+    assert (chunk.exp_avg, chunk.exp_avg_scales) == (slice(0, 2 * mib), slice(2 * mib, 2 * mib + 32 * kib))
+    assert chunk.nbytes == 4 * mib + 64 * kib
+
+
+@pytest.mark.parametrize(
+    ("record_format", "nbytes"),
+    [
+        (RecordFormat("bfloat16"), 4 << 20),
+        (RecordFormat("float32"), 4 << 20),
+        (RecordFormat("bfloat16", moments="8bit"), (4 << 20) + (32 << 10)),
+        (RecordFormat("float32", moments="8bit"), (4 << 20) + (64 << 10)),
+        (RecordFormat("bfloat16", 128), 4096),
+        # Primes of pages: one that fits a store chunk, and one beyond the 1 GiB that it may have.
+        (RecordFormat("float32", 512 * 1_021), 4096 * 1_021),
+        (RecordFormat("float32", 512 * 262_147), 4096),
+    ],
+)
+def test_a_store_chunk_is_the_part_of_an_optimizer_chunk_nearest_to_4_mib(
+    record_format: RecordFormat, nbytes: int
+) -> None:
+    assert record_format.store_chunk_nbytes == nbytes
+
+
 @given(
     dtype=st.sampled_from(["bfloat16", "float32"]),
+    moments=st.sampled_from(["float32", "8bit"]),
+    chunk_numel=st.integers(1, 1 << 16).map(lambda blocks: 128 * blocks),
+)
+@settings(max_examples=200, deadline=None)
+def test_an_optimizer_chunk_is_a_whole_number_of_store_chunks(
+    dtype: Any, moments: Any, chunk_numel: int
+) -> None:
+    layout = RecordFormat(dtype, chunk_numel, moments)
+    assert layout.chunk_nbytes % layout.store_chunk_nbytes == 0
+    assert layout.store_chunk_nbytes % 4096 == 0
+    assert layout.store_chunk_nbytes <= 1 << 30
+
+
+@given(
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    moments=st.sampled_from(["float32", "8bit"]),
     chunk_numel=st.integers(1, 200).map(lambda blocks: 128 * blocks),
     numel=st.integers(0, 60_000),
 )
 @settings(max_examples=200, deadline=None)
-def test_chunks_tile_the_record(dtype: str, chunk_numel: int, numel: int) -> None:
-    layout = RecordFormat(dtype, chunk_numel)  # type: ignore[arg-type]
+def test_chunks_tile_the_record(dtype: Any, moments: Any, chunk_numel: int, numel: int) -> None:
+    layout = RecordFormat(dtype, chunk_numel, moments)
     element, offset = 0, 0
     for chunk in layout.optimizer_chunks(numel):
         assert (chunk.start, chunk.offset_bytes) == (element, offset)
         assert chunk.nbytes % 4096 == 0
-        arrays = [(chunk.exp_avg, 4), (chunk.exp_avg_sq, 4)]
-        if chunk.residual is not None:
-            arrays.insert(0, (chunk.residual, 2))
+        codes, scales = chunk.numel, 2 * -(-chunk.numel // 128)
+        arrays = (
+            [(chunk.exp_avg, 4 * chunk.numel), (chunk.exp_avg_sq, 4 * chunk.numel)]
+            if moments == "float32"
+            else [
+                (chunk.exp_avg, codes),
+                (chunk.exp_avg_scales, scales),
+                (chunk.exp_avg_sq, codes),
+                (chunk.exp_avg_sq_scales, scales),
+            ]
+        )
+        if dtype == "bfloat16":
+            arrays.insert(0, (chunk.residual, 2 * chunk.numel))
         end = 0
-        for array, itemsize in arrays:
+        for array, nbytes in arrays:
+            assert array is not None
             assert array.start % 64 == 0
             assert end <= array.start < end + 64
-            assert array.stop - array.start == itemsize * chunk.numel
+            assert array.stop - array.start == nbytes
             end = array.stop
         assert end <= chunk.nbytes < end + 4096
         element, offset = chunk.stop, offset + chunk.nbytes
@@ -200,6 +275,8 @@ def test_chunks_tile_the_record(dtype: str, chunk_numel: int, numel: int) -> Non
 def test_formats_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="'bfloat16' or 'float32', got 'float16'"):
         RecordFormat("float16")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'float32' or '8bit', got '4bit'"):
+        RecordFormat(moments="4bit")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="positive multiple of 128, got 64"):
         RecordFormat(chunk_numel=64)
 
@@ -220,14 +297,15 @@ def records(layout: RecordFormat) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("as_memoryview", [False, True])
 def test_parameters_come_back_exactly_from_records(
-    dtype: str, source_dtype: torch.dtype, as_memoryview: bool
+    dtype: Any, source_dtype: torch.dtype, as_memoryview: bool, moments: Any
 ) -> None:
     # 256 elements a chunk: a.weight spans three chunks, and one chunk holds the end of b.weight.
-    layout = RecordFormat(dtype, 256)  # type: ignore[arg-type]
+    layout = RecordFormat(dtype, 256, moments)
     weights, optimizer = records(layout)
     weights_buffer = memoryview(weights.numpy()) if as_memoryview else weights
     optimizer_buffer = memoryview(optimizer.numpy()) if as_memoryview else optimizer
@@ -241,8 +319,9 @@ def test_parameters_come_back_exactly_from_records(
         assert_same_bits(got.reshape(-1), source.float().reshape(-1))
 
 
-def test_writing_a_parameter_leaves_padding_and_moments_zero() -> None:
-    layout = RecordFormat("bfloat16", 256)
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_writing_a_parameter_leaves_padding_and_moments_zero(moments: Any) -> None:
+    layout = RecordFormat("bfloat16", 256, moments)
     weights, optimizer = records(layout)
     for spec in SPECS:
         write_parameter(layout, spec, torch.full(spec.shape, 1.0000001), weights, optimizer, NUMEL)
@@ -255,8 +334,25 @@ def test_writing_a_parameter_leaves_padding_and_moments_zero() -> None:
         views = view_optimizer_chunk(chunk, optimizer[chunk.offset_bytes :])
         assert views.residual is not None
         assert torch.equal(views.residual != 0, covered[chunk.start : chunk.stop])
-        assert not views.exp_avg.any()
-        assert not views.exp_avg_sq.any()
+        residual = chunk.residual or slice(0)
+        own = optimizer[chunk.offset_bytes : chunk.offset_bytes + chunk.nbytes]
+        assert not own[residual.stop :].any()
+
+
+@pytest.mark.parametrize("as_memoryview", [False, True])
+def test_views_of_8bit_moments_are_codes_and_scales_in_the_record_s_memory(as_memoryview: bool) -> None:
+    (chunk,) = RecordFormat("bfloat16", 256, "8bit").optimizer_chunks(256)
+    record = torch.zeros(chunk.nbytes, dtype=torch.uint8)
+    views = view_optimizer_chunk(chunk, memoryview(record.numpy()) if as_memoryview else record)
+    arrays = [view for view in views if view is not None]
+    assert [view.dtype for view in arrays] == [
+        torch.int16, torch.uint8, torch.bfloat16, torch.uint8, torch.bfloat16
+    ]  # fmt: skip
+    assert [view.numel() for view in arrays] == [256, 256, 2, 256, 2]
+    for value, view in enumerate(arrays, start=1):
+        view.view(torch.uint8).fill_(value)
+    assert [record[at].item() for at in (0, 511, 512, 767, 768, 771, 772)] == [1, 1, 2, 2, 3, 3, 0]
+    assert [record[at].item() for at in (831, 832, 1087, 1088, 1091, 1092)] == [0, 4, 4, 5, 5, 0]
 
 
 def test_records_can_be_written_and_read_chunk_by_chunk() -> None:

@@ -120,6 +120,7 @@ def test_an_expected_key_that_is_not_there_is_explained(tmp_path: Path, key: str
         ({"host_memory": "8 parrots"}, "host_memory: not a size: '8 parrots'"),
         ({"learning_rate": "-1"}, "learning_rate: '-1' should be greater than or equal to 0"),
         ({"dtype": "int8"}, "dtype: 'int8' should be 'float32' or 'bfloat16'"),
+        ({"moments": "8"}, "moments: '8' should be 'float32' or '8bit'"),
         ({"io_engine": "libaio"}, "io_engine: 'libaio' should be 'uring', 'threads' or 'portable'"),
         ({"train_file": []}, "train_file: "),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0 should be greater than 0"),

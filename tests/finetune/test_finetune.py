@@ -15,9 +15,10 @@ import transformers
 from safetensors.torch import load_file
 
 import offload.finetune
+from offload.aio import open_engine
 from offload.errors import CapacityError, ConfigError, DiskFullError, OffloadError, StateError, StorageError
 from offload.finetune import finetune, learning_rates
-from offload.store import drives
+from offload.store import Store, drives, list_runs
 
 
 def records(directory: Path) -> list[dict[str, float]]:
@@ -135,6 +136,7 @@ def test_a_start_that_never_committed_is_begun_anew(make_config, tmp_path: Path)
     [
         ("seed", 43, "seed: 42 then, 43 now"),
         ("dtype", "float32", "dtype: 'bfloat16' then, 'float32' now"),
+        ("moments", "8bit", "moments: 'float32' then, '8bit' now"),
         ("max_length", 16, "max_length: 32 then, 16 now"),
         ("gradient_accumulation_steps", 3, "rows_per_step: 4 then, 6 now"),
     ],
@@ -148,6 +150,23 @@ def test_a_resume_with_another_setting_is_refused(
         finetune(make_config(max_steps=2, **{flag: value}), echo=lambda _: None)
     assert message in str(caught.value)
     assert everything(tmp_path) == before
+
+
+def test_moments_in_8_bits_are_the_run_s_and_a_resume_goes_on_with_them(make_config, tmp_path: Path) -> None:
+    settings = {"moments": "8bit", "lr_scheduler_type": "constant"}
+    for folder, stops in (("broken", (2, 4)), ("whole", (4,))):
+        for max_steps in stops:
+            config = make_config(max_steps=max_steps, output_dir=tmp_path / folder, **settings)
+            assert finetune(config, echo=lambda _: None).step == max_steps
+    # Evaluations before and after a part are its own; the losses of steps are not.
+    steps = [
+        {r["step"]: r["loss"] for r in records(tmp_path / n) if "loss" in r} for n in ("broken", "whole")
+    ]
+    assert steps[0] == steps[1]
+    state = tmp_path / "whole" / "state"
+    (run,) = list_runs(state)
+    with open_engine() as engine, Store.open([state], engine=engine, run_id=run.run_id) as store:
+        assert store.identity["moments"] == "8bit"
 
 
 def test_a_resume_with_changed_text_is_refused(make_config, text_file: Path) -> None:

@@ -304,3 +304,15 @@ def test_without_the_extension_the_error_says_how_to_build_it(monkeypatch: pytes
     monkeypatch.setattr(kernel, "_LOAD_ERROR", ImportError("No module named 'offload._adam'"))
     with pytest.raises(StateError, match=r"pip install \."):
         moment.values()
+
+
+def test_a_part_is_a_view_with_its_own_scales() -> None:
+    whole = Moment8bit.of("exp_avg", torch.randn(300, generator=torch.Generator().manual_seed(1)))
+    part = whole.part(slice(128, 300))
+    assert torch.equal(part.values(), whole.values()[128:])
+    part.codes.zero_()
+    part.scales.zero_()
+    assert not whole.values()[128:].any()
+    assert whole.values()[:128].any()
+    with pytest.raises(ValueError, match=r"exp_avg: a part must begin at a multiple of 128, got slice\(64"):
+        whole.part(slice(64, 300))
