@@ -37,6 +37,7 @@ __all__ = [
     "check_export_target",
     "export",
     "persistent_buffers",
+    "pretrained_directory",
     "write_json",
 ]
 
@@ -206,7 +207,7 @@ def _find_assets(
 ) -> tuple[dict[str, Any] | None, list[Path]]:
     """Return the config to write, or None, and the files to copy beside it."""
     if assets_from is None:
-        assets_from = _pretrained_directory(model)
+        assets_from = pretrained_directory(model)
     if assets_from is not None:
         config: dict[str, Any] = json.loads((assets_from / "config.json").read_text(encoding="utf-8"))
         entries = sorted(entry for entry in assets_from.iterdir() if entry.is_file())
@@ -220,7 +221,7 @@ def _find_assets(
     return config, []
 
 
-def _pretrained_directory(model: torch.nn.Module | None) -> Path | None:
+def pretrained_directory(model: torch.nn.Module | None) -> Path | None:
     """Return the local directory a transformers model came from, where it still is one."""
     name = getattr(model, "name_or_path", "")
     directory = Path(name) if isinstance(name, str) and name else None

@@ -8,7 +8,6 @@ and only then replace the model's parameters and take over its units.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from .buffers import Budget
 from .device import Device, open_device
 from .errors import ConfigError, StateError
 from .gradients import Gradients
+from .identity import check_same_run, run_identity
 from .io_setting import choose_io_setting
 from .masters import Masters
 from .optim import StreamedAdamW, default_param_groups
@@ -192,7 +192,7 @@ def _build(
         return part
 
     closers.append(device)
-    store = _open_store(options, records, own)
+    store = _open_store(model, options, records, own)
     host_budget = Budget(Tier.HOST, options.host_memory)
     host = own(device.host_arena(host_budget, plan.host_nbytes))
     device_arena = own(device.arena(plan.device_nbytes))
@@ -274,7 +274,10 @@ def _build(
 
 
 def _open_store(
-    options: RuntimeOptions, records: Mapping[str, RecordSet], own: Callable[[Any], Any]
+    model: torch.nn.Module,
+    options: RuntimeOptions,
+    records: Mapping[str, RecordSet],
+    own: Callable[[Any], Any],
 ) -> Store | None:
     if not options.disk:
         return None
@@ -287,11 +290,7 @@ def _open_store(
     if options.resume:
         assert options.run_id is not None
         store = own(Store.open(options.disk, engine=engine, run_id=options.run_id))
-        identity = _identity(options, records)
-        # Formats first: another one makes records of other sizes, which would not say why.
-        _check_same_formats(store, identity)
-        _check_same_records(store, records)
-        _check_same_layout(store, identity)
+        check_same_run(store, options, records)
     else:
         store = own(
             Store.create(
@@ -300,57 +299,10 @@ def _open_store(
                 engine=engine,
                 run_id=options.run_id,
                 chunk_nbytes=options.chunk_nbytes or options.record_format.store_chunk_nbytes,
-                identity=_identity(options, records),
+                identity=run_identity(model, options, records),
             )
         )
     return store
-
-
-def _check_same_records(store: Store, records: Mapping[str, RecordSet]) -> None:
-    wanted = {spec.name: spec.nbytes for spec in store_records(records)}
-    found = {name: spec.nbytes for name, spec in store.records.items()}
-    if wanted != found:
-        differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-        name = differing[0]
-        raise ConfigError(
-            f"run {store.run_id} is of another model or format: {len(differing)} records differ, the first"
-            f" is {name!r} with {found.get(name, 'no')} bytes in the run and {wanted.get(name, 'no')} here;"
-            " resume with the model it began with"
-        )
-
-
-def _identity(options: RuntimeOptions, records: Mapping[str, RecordSet]) -> dict[str, Any]:
-    """Return what the bytes of the records mean: records of one size may hold other things."""
-    layout = hashlib.sha256()
-    for record in records.values():
-        for trainable, specs in ((True, record.layout.trainable), (False, record.layout.frozen)):
-            for spec in specs:
-                layout.update(repr((record.owner, trainable, spec.name, spec.shape, spec.offset)).encode())
-    return {
-        "dtype": options.dtype,
-        "moments": options.moments,
-        "compute_dtype": options.compute_dtype,
-        "chunk_numel": options.chunk_numel,
-        "layout": layout.hexdigest(),
-    }
-
-
-def _check_same_formats(store: Store, wanted: Mapping[str, Any]) -> None:
-    for name, found in store.identity.items():
-        # Runs begun before an entry existed do not have it.
-        if name != "layout" and wanted.get(name, found) != found:
-            raise ConfigError(
-                f"run {store.run_id} was begun with {name}={found!r}, not {wanted[name]!r}, and its records"
-                f" are laid out for that; resume with {name}={found!r}"
-            )
-
-
-def _check_same_layout(store: Store, wanted: Mapping[str, Any]) -> None:
-    if store.identity.get("layout", wanted["layout"]) != wanted["layout"]:
-        raise ConfigError(
-            f"run {store.run_id} holds the same amount of other parameters: names, shapes, or what is frozen"
-            " (requires_grad) differ; resume with the model it began with"
-        )
 
 
 def _step_of(store: Store) -> int:

@@ -19,40 +19,21 @@ import errno
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from .checkpoint import write_json
 from .config import FinetuneConfig
-from .errors import ConfigError, CorruptionError, DiskFullError, StateError, StorageError
+from .errors import ConfigError, DiskFullError, StateError, StorageError
+from .pointer import POINTER_NAME, RunPointer, read_pointer
 from .store import remove_run
 
 __all__ = ["OutputDirectory", "RunPointer"]
 
-POINTER_NAME = "run.json"
 CONFIG_NAME = "config.resolved.yaml"
 METRICS_NAME = "metrics.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class RunPointer:
-    """What `run.json` says.
-
-    Attributes:
-        run_id: the run's UUID.
-        disk: its directories, absolute.
-        identity: keys and values that a resume must not change.
-        imported: whether the weights were imported and committed.
-        exported_step: the step whose weights `final` holds, None before the first export.
-    """
-
-    run_id: str
-    disk: tuple[str, ...]
-    identity: Mapping[str, Any]
-    imported: bool = False
-    exported_step: int | None = None
 
 
 class OutputDirectory:
@@ -87,27 +68,7 @@ class OutputDirectory:
         Raises:
             CorruptionError: `run.json` is there and cannot be understood.
         """
-        path = self.path / POINTER_NAME
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-            UUID(value["run_id"])
-            if value["format"] != "offload-run":
-                raise ValueError("another format")
-            return RunPointer(
-                str(value["run_id"]),
-                tuple(map(str, value["disk"])),
-                dict(value["identity"]),
-                imported=value["imported"] is True,
-                exported_step=value["exported_step"],
-            )
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            _fail(error, path)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptionError(
-                f"{path} is damaged ({error!r}); restore it, or use another output_dir", path=str(path)
-            ) from error
+        return read_pointer(self.path)
 
     def begin(
         self, config: FinetuneConfig, disk: tuple[Path, ...], identity: Mapping[str, Any]

@@ -34,6 +34,7 @@ LAYERS = (
     "codec",
     "units",
     "records",
+    "contents",
     "residents",  # records whose home is the host; transfer and optim look here before the disk
     "masters",
     "schedule",  # pure order and window; plan reckons with both
@@ -51,6 +52,8 @@ LAYERS = (
     "io_setting",
     "shards",
     "checkpoint",  # runtime exports through it
+    "run_export",
+    "identity",
     "parts",
     "step",
     "runtime",
@@ -60,6 +63,7 @@ LAYERS = (
     "experts",
     "config",
     "data",
+    "pointer",
     "output",
     "signals",
     "progress",
