@@ -288,7 +288,7 @@ def test_a_run_goes_on_though_its_model_directory_moved(
     with offload.attach(model, **SETTINGS, disk=drives) as runtime:
         train("mlp", runtime, model, range(1))
         run_id = runtime.run_id
-    monkeypatch.setattr("offload.compose.pretrained_directory", lambda _: Path("/elsewhere"))
+    monkeypatch.setattr("offload.identity.pretrained_directory", lambda _: Path("/elsewhere"))
     with offload.attach(build("mlp"), **SETTINGS, disk=drives, run_id=run_id, resume=True) as runtime:
         assert runtime.global_step == 1
 
