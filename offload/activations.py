@@ -9,6 +9,8 @@ runs backward; the two phases do not overlap.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +93,17 @@ class Activations:
         """Free the saved bytes; after this `restore` is not possible."""
         if self._live.pop(id(saved), None) is not None:
             saved.lease.release()
+
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes that no saved tensor takes."""
+        return self._stack.nbytes - self._stack.used_nbytes
+
+    @contextmanager
+    def lend(self, nbytes: int, holder: str) -> Iterator[memoryview]:
+        """Lend `nbytes` of the free memory between passes; the view is valid inside the block."""
+        with self._stack.push(nbytes, holder) as lease:
+            yield self._host.view(lease)
 
     def reset(self) -> None:
         """Free everything saved and begin the next pass."""

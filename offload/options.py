@@ -22,7 +22,7 @@ __all__ = ["ComputeDType", "OnNonFinite", "RuntimeOptions", "is_queue_depth", "i
 ComputeDType = Literal["float32", "bfloat16"]
 
 # What becomes of a run when a loss or gradient is NaN or infinite.
-OnNonFinite = Literal["skip", "stop"]
+OnNonFinite = Literal["skip", "rollback", "stop"]
 
 # Options that may be given as text, `"8GiB"`.
 SIZES = ("host_memory", "device_memory", "chunk_nbytes", "activations_nbytes", "segment_nbytes")
@@ -60,8 +60,10 @@ class RuntimeOptions:
         gradient_dtype: of parked gradients. None is the dtype they are summed in: 4 bytes per trainable
             parameter, or 2 when units compute in bf16 and nothing is summed. `bfloat16` rounds them.
         on_non_finite: `stop` raises when a loss or gradient is not finite; `skip` goes on with the next
-            batch. Nothing of such a step is kept either way.
-        max_non_finite_steps: with `skip`, how many such steps in a row are too many.
+            batch; `rollback` does so as well, and restores the newest snapshot where `skip` would stop.
+            Nothing of such a step is kept either way.
+        max_non_finite_steps: with `skip` and `rollback`, how many such steps in a row are too many.
+        max_rollbacks: how often a run may go back to a snapshot before it stops after all.
         optimizer: AdamW's settings. Its `num_threads` is half of torch's number when None, since the
             other half computes meanwhile.
         run_id: the run to create or resume; a new one when None.
@@ -93,6 +95,7 @@ class RuntimeOptions:
     gradient_dtype: ComputeDType | None = None
     on_non_finite: OnNonFinite = "stop"
     max_non_finite_steps: int = 3
+    max_rollbacks: int = 3
     optimizer: AdamWOptions = field(default_factory=AdamWOptions)
     run_id: str | None = None
     resume: bool = False
@@ -146,13 +149,18 @@ class RuntimeOptions:
                 "gradient_dtype is that of parked gradients: set max_grad_norm or park_gradients with it"
             )
         if self.on_non_finite not in get_args(OnNonFinite):
-            raise ConfigError(f"on_non_finite must be 'skip' or 'stop', got {self.on_non_finite!r}")
-        if self.max_non_finite_steps < 1:
-            raise ConfigError(f"max_non_finite_steps must be at least 1, got {self.max_non_finite_steps}")
-        if self.on_non_finite == "skip" and not (self.parks or self.rolls_back):
             raise ConfigError(
-                "on_non_finite='skip' cannot undo updates that run during backward here: set park_gradients,"
-                " or give a disk and leave save_steps at 1"
+                f"on_non_finite must be 'skip', 'rollback' or 'stop', got {self.on_non_finite!r}"
+            )
+        for name in ("max_non_finite_steps", "max_rollbacks"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.on_non_finite == "rollback" and not self.disk:
+            raise ConfigError("on_non_finite='rollback' needs a disk for its snapshots: set disk=[...]")
+        if self.on_non_finite != "stop" and not (self.parks or self.rolls_back):
+            raise ConfigError(
+                f"on_non_finite={self.on_non_finite!r} cannot undo updates that run during backward here: set"
+                " park_gradients, or give a disk and leave save_steps at 1"
             )
 
     @classmethod

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,9 @@ from .parts import Parts
 from .placeholders import replace_parameters
 from .plan import MemoryPlan
 from .rng import capture_rng
+from .rollback import Rollback, Snapshots
 from .step import Step
+from .store import SnapshotInfo
 from .stream import StreamedUnit
 
 __all__ = ["Runtime", "RuntimeStats"]
@@ -71,6 +73,8 @@ class Runtime:
         self.trace = parts.trace
         self._steps_counted = 0
         self._grad_norm: float | None = None
+        self._snapshots = Snapshots(parts, step)
+        self._uncommitted: Mapping[str, Any] | None = None
         self._skipped = 0
         self._skipped_in_a_row = 0
         self._closed = False
@@ -116,7 +120,10 @@ class Runtime:
 
     @property
     def state(self) -> Mapping[str, Any]:
-        """The `state` given at the commit this runtime resumed from; empty for a new run."""
+        """The loop's own state, of the commit this runtime resumed from or the snapshot it restored last.
+
+        Empty for a new run.
+        """
         return self._state
 
     @property
@@ -133,6 +140,11 @@ class Runtime:
     def skipped_steps(self) -> int:
         """Steps given up because something was not finite, since the model was attached."""
         return self._skipped
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the run went back to a snapshot, resumed or not."""
+        return self._snapshots.num_rollbacks
 
     def measure_gradients(self) -> float:
         """Wait for the step's gradients and return their 2-norm, not finite when one of them is not.
@@ -167,10 +179,11 @@ class Runtime:
 
         Args:
             state: JSON-able values to find again in `state` after a resume, such as the position in
-                the data.
+                the data: behind this step's batch.
 
         Returns:
-            True; or False when a gradient was not finite and the step was skipped, see `give_up_step`.
+            True; or False when a gradient was not finite and the step was skipped, or the run went back
+            to a snapshot (`global_step` is less, then); see `give_up_step`.
 
         Raises:
             StateError: no backward has run since the last step, a visit of this step failed, settings
@@ -186,18 +199,22 @@ class Runtime:
         norm = self._measure()
         if norm.not_finite:
             others = f" and {len(norm.not_finite) - 1} more" if len(norm.not_finite) > 1 else ""
-            self.give_up_step(f"the gradient of unit {norm.not_finite[0]!r}{others} is not finite")
+            self.give_up_step(f"the gradient of unit {norm.not_finite[0]!r}{others} is not finite", user)
             return False
         self._step.end()
         self._skipped_in_a_row = 0
         self._steps_counted += 1
+        self._uncommitted = {
+            "step": self.global_step,
+            "rng": capture_rng(),
+            "user": user,
+            "rollbacks": self.rollbacks,
+        }
         if self.global_step % self._parts.options.save_steps == 0:
-            self._parts.updater.commit(
-                {"step": self.global_step, "rng": capture_rng(), "user": user}, self.global_step
-            )
+            self._commit()
         return True
 
-    def give_up_step(self, reason: str) -> None:
+    def give_up_step(self, reason: str, state: Mapping[str, Any] | None = None) -> Rollback | None:
         """Drop everything since the last step, as if its batches had never been seen.
 
         The generators of random numbers are left as they are, so that the next batch is another one.
@@ -205,29 +222,125 @@ class Runtime:
 
         Args:
             reason: for the log and the error, `the loss is nan`.
+            state: as in `step`. It is kept if the run goes back to a snapshot now, so it should hold the
+                position in the data behind this batch; the snapshot's own when None.
+
+        Returns:
+            The rollback, or None when only this step was dropped.
 
         Raises:
             StateError: the step was dropped and the run shall not go on: `on_non_finite` is `stop`, or it
-                was the last of `max_non_finite_steps` in a row; or updates cannot be undone.
+                was the last of `max_non_finite_steps` in a row with `skip`, or `roll_back` says so; or
+                updates cannot be undone.
         """
         self._check_usable()
         options = self._parts.options
         number = self.global_step + 1
-        self._step.give_up()
         self._skipped += 1
         self._skipped_in_a_row += 1
+        too_many = self._skipped_in_a_row >= options.max_non_finite_steps
+        if options.on_non_finite == "rollback" and too_many:
+            return self.roll_back(f"{reason} ({self._skipped_in_a_row} in a row)", state)
+        self._step.give_up()
         if options.on_non_finite == "stop":
             raise StateError(
                 f"step {number}: {reason}; nothing of this step was applied. Lower the learning rate, look"
                 " at the data, or set on_non_finite='skip'"
             )
-        if self._skipped_in_a_row >= options.max_non_finite_steps:
+        if too_many:
             raise StateError(
                 f"step {number}: {reason}; nothing of it was applied, and it was skipped"
                 f" {self._skipped_in_a_row} times in a row (max_non_finite_steps). Lower the learning rate,"
                 " or look at the data"
             )
         _log.warning("step %d: %s; skipped, nothing of it was applied", number, reason)
+        return None
+
+    def roll_back(self, reason: str, state: Mapping[str, Any] | None = None) -> Rollback:
+        """Drop the step in progress and every step since the newest snapshot, which is restored.
+
+        It is committed before this returns, so a run that is killed goes on from there. The generators of
+        random numbers are as they were when the snapshot was taken.
+
+        Args:
+            reason: for the log and the error, `the loss jumped`.
+            state: the loop's own, to be committed with it; the snapshot's own when None. Give it the
+                present position in the data, or the batches since the snapshot are seen again.
+
+        Raises:
+            StateError: the step was dropped and the run shall not go on: there is no snapshot, or the run
+                went back `max_rollbacks` times.
+            CorruptionError: the snapshot is damaged; the last commit stands, resume the run there.
+        """
+        self._check_usable()
+        number, limit = self.global_step + 1, self._parts.options.max_rollbacks
+        name = self._snapshots.newest()
+        if name is None or self.rollbacks >= limit:
+            self._step.give_up()
+            why = (
+                "there is no snapshot to go back to: take one with runtime.snapshot()"
+                if name is None
+                else f"the run went back to a snapshot {limit} times already (max_rollbacks). Lower the"
+                " learning rate, or look at the data"
+            )
+            raise StateError(f"step {number}: {reason}; nothing of it was applied, and {why}")
+        self._restore(name, state, count=True)
+        _log.warning(
+            "step %d: %s; went back to step %d (snapshot %s)", number, reason, self.global_step, name
+        )
+        return Rollback(reason, number - 1, self.global_step, name)
+
+    def snapshot(self, name: str, *, on_progress: Callable[[int, int], None] | None = None) -> SnapshotInfo:
+        """Keep what the last step left, beside the run on its drives, until `drop_snapshot`.
+
+        It takes half the room of the run again, reserved first, or none where the file system shares extents.
+
+        Args:
+            name: 1 to 64 letters, digits, `_` and `-`; no snapshot of the run has it.
+            on_progress: called with bytes copied so far and in all.
+
+        Raises:
+            StateError: in the middle of a step, no disk, or the name is taken.
+            DiskFullError: no room, with the bytes needed and free; nothing is left behind.
+            CapacityError: too little memory to copy through, with the numbers.
+            OffloadError: background work failed.
+        """
+        self._check_between_steps("snapshot()")
+        if self._uncommitted is not None:
+            self._commit()
+        return self._snapshots.take(name, on_progress)
+
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        """Return the snapshots of the run, the oldest first; one that is damaged says why."""
+        return self._snapshots.list()
+
+    def restore(self, name: str, state: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        """Go back to a snapshot: weights, optimizer state, step and random generators, committed at once.
+
+        A loop that begins anew at `global_step` and the returned state computes what it computed before.
+
+        Args:
+            name: the snapshot; it stays.
+            state: the loop's own, to be committed with it; the snapshot's own when None.
+
+        Returns:
+            The loop's own state.
+
+        Raises:
+            StateError: in the middle of a step, no disk, or no such snapshot.
+            CorruptionError: the snapshot is damaged; the last commit stands, resume the run there.
+        """
+        self._check_between_steps("restore()")
+        return self._restore(name, state, count=False)
+
+    def drop_snapshot(self, name: str) -> None:
+        """Remove a snapshot, a damaged one as well.
+
+        Raises:
+            StateError: there is none of that name.
+        """
+        self._check_usable()
+        self._snapshots.drop(name)
 
     def synchronize(self) -> None:
         """Wait until every queued update and commit is done.
@@ -314,7 +427,11 @@ class Runtime:
         # waits for.
         parts.transfer.close()
         parts.updater.close()
+        if parts.parker is not None:
+            parts.parker.close()
         parts.gradients.discard()
+        if parts.disk_gradients is not None:
+            parts.disk_gradients.close()
         parts.activations.reset()
         for closer in reversed(parts.closers):
             closer.close()
@@ -331,6 +448,19 @@ class Runtime:
         finally:
             self.close()
 
+    def _commit(self) -> None:
+        assert self._uncommitted is not None
+        self._parts.updater.commit(self._uncommitted, self.global_step)
+        self._uncommitted = None
+
+    def _restore(self, name: str, state: Mapping[str, Any] | None, *, count: bool) -> Mapping[str, Any]:
+        user = None if state is None else json.loads(json.dumps(dict(state)))
+        self._state = self._snapshots.restore(name, user, None, count=count)
+        self._uncommitted = None
+        self._grad_norm = None
+        self._skipped_in_a_row = 0
+        return self._state
+
     def _measure(self) -> GlobalNorm:
         norm = self._step.measure()
         self._grad_norm = norm.value
@@ -343,5 +473,5 @@ class Runtime:
 
     def _check_between_steps(self, what: str) -> None:
         self._check_usable()
-        if self._step.has_updates:
+        if self._step.has_updates or (what != "parameters_by_unit()" and self._parts.gradients.pending()):
             raise StateError(f"{what} in the middle of a step: call runtime.step() first")

@@ -166,8 +166,11 @@ class Step:
         self.num_done += 1
         self._begin_next()
 
-    def give_up(self) -> None:
+    def give_up(self, *, restoring: bool = False) -> None:
         """Drop everything of the step, as if its batches had never been seen, and begin the next one.
+
+        Args:
+            restoring: the caller brings the records of a snapshot back: updates need not be undone.
 
         Raises:
             StateError: updates have run that cannot be undone here; the runtime is then of no further use.
@@ -176,7 +179,7 @@ class Step:
         self._count_dropped()
         self.settle()
         self._parts.updater.global_norm()
-        if self._updated:
+        if self._updated and not restoring:
             self._roll_back()
         self._seen_order.clear()
         self._parts.gradients.discard()

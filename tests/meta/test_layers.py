@@ -56,6 +56,7 @@ LAYERS = (
     "identity",
     "parts",
     "step",
+    "rollback",  # snapshots of a run, and the way back to one
     "runtime",
     "compose",
     "hf",
