@@ -18,12 +18,17 @@ from .activations import Activations
 from .aio import open_engine
 from .buffers import Budget
 from .device import Device, open_device
-from .errors import ConfigError, StateError
+from .disk_gradients import DiskGradients
+from .errors import ConfigError, StateError, StorageError
+from .gradient_homes import PartLayout
 from .gradients import Gradients
 from .identity import check_same_run, run_identity
 from .io_setting import choose_io_setting
 from .masters import Masters
 from .optim import StreamedAdamW, default_param_groups
+from .optim.gradient_parts import GradientParts
+from .optim.norms import GradientNorms
+from .optim.parker import GradientMeter, Parker
 from .optim.updater import Updater
 from .options import RuntimeOptions
 from .parts import Committed, Parts
@@ -38,7 +43,8 @@ from .sizes import MIB
 from .sources import ModuleSource, WeightSource
 from .specs import Tier
 from .step import Step
-from .store import Store
+from .store import RecordSpec, Store, remove_run
+from .store.scratch import Scratch
 from .stream import StreamedUnit
 from .trace import Tracer
 from .transfer import Transfer
@@ -167,6 +173,7 @@ def _plan(
         gradient_itemsize=options.torch_gradient_dtype.itemsize,
         micro_gradients=options.sums_wide,
         parks=options.parks,
+        parks_on_disk=bool(options.disk),
         activations_nbytes=options.activations_nbytes or DEFAULT_ACTIVATIONS_NBYTES,
         fill_activations=options.activations_nbytes is None,
     )
@@ -193,12 +200,13 @@ def _build(
 
     closers.append(device)
     store = _open_store(model, options, records, own)
+    scratch = _open_scratch(options, plan, records, store, own)
     host_budget = Budget(Tier.HOST, options.host_memory)
     host = own(device.host_arena(host_budget, plan.host_nbytes))
     device_arena = own(device.arena(plan.device_nbytes))
     residents = ResidentRecords(host, records) if plan.home is not Tier.DISK else None
     host_weights = host.pool("weights", plan.host_weights) if plan.host_weights else None
-    host_gradients = host.pool("gradients", plan.host_gradients)
+    host_gradients = host.pool("gradients", plan.host_gradients) if plan.host_gradients else None
     updating = host.pool("weights under update", plan.host_updates) if plan.host_updates else None
     staging = host.pool("optimizer chunks", plan.staging) if plan.staging else None
     stack = host.stack("saved inputs", plan.activations_nbytes)
@@ -219,6 +227,36 @@ def _build(
     )
     undo.callback(transfer.close)
     progress = Committed(0 if store is None else _step_of(store), 0 if store is None else store.generation)
+    meter = GradientMeter(
+        host,
+        GradientNorms(),
+        options.optimizer.num_threads or max(1, torch.get_num_threads() // 2),
+        trace,
+    )
+    disk_gradients = None
+    gradient_parts = None
+    if scratch is not None:
+        itemsize = options.torch_gradient_dtype.itemsize
+        disk_gradients = DiskGradients(
+            scratch=scratch,
+            host=host,
+            ring=host.pool("gradients on their way to disk", plan.gradient_ring),
+            numel={owner: records[owner].layout.trainable_numel for owner in plan.parked_on_disk},
+            layout=PartLayout(options.chunk_numel, itemsize),
+            trace=trace,
+        )
+        gradient_parts = GradientParts(
+            records=records,
+            disk=disk_gradients,
+            itemsize=itemsize,
+            host=host,
+            slots=host.pool("parts of gradients", plan.gradient_parts),
+            trace=trace,
+        )
+    parker = None
+    if options.parks:
+        parker = Parker(meter=meter, disk=disk_gradients, on_error=transfer.fail)
+        undo.callback(parker.close)
     updater = Updater(
         records=records,
         host=host,
@@ -226,7 +264,8 @@ def _build(
         weights=updating,
         store=store,
         residents=residents,
-        num_threads=options.optimizer.num_threads or max(1, torch.get_num_threads() // 2),
+        gradient_parts=gradient_parts,
+        meter=meter,
         on_updated=transfer.end_update,
         on_committed=progress.committed,
         on_error=transfer.fail,
@@ -240,6 +279,7 @@ def _build(
         device=device,
         host=host,
         host_pool=host_gradients,
+        disk=disk_gradients,
         device_arena=device_arena,
         device_pool=device_arena.pool("gradients", plan.device_gradients),
         # With `parks` every record has a place.
@@ -261,6 +301,8 @@ def _build(
         gradients=gradients,
         activations=Activations(device, host, stack, trace),
         updater=updater,
+        parker=parker,
+        disk_gradients=disk_gradients,
         masters=Masters(host=host, host_pool=host_weights, staging=staging, store=store, residents=residents),
         store=store,
         residents=residents,
@@ -303,6 +345,34 @@ def _open_store(
             )
         )
     return store
+
+
+def _open_scratch(
+    options: RuntimeOptions,
+    plan: MemoryPlan,
+    records: Mapping[str, RecordSet],
+    store: Store | None,
+    own: Callable[[Any], Any],
+) -> Scratch | None:
+    """Reserve room on the drives for the gradients that the plan parks there."""
+    if not plan.parked_on_disk:
+        return None
+    assert store is not None, "the plan parks on disk where there is one"
+    layout = PartLayout(options.chunk_numel, options.torch_gradient_dtype.itemsize)
+    specs = [
+        RecordSpec(owner, layout.record_nbytes(records[owner].layout.trainable_numel))
+        for owner in plan.parked_on_disk
+    ]
+    try:
+        scratch = store.scratch(specs, chunk_nbytes=layout.chunk_nbytes)
+    except StorageError:
+        if not options.resume:
+            # Nothing was written into the run: it goes again, as when its own room is not there.
+            store.close()
+            remove_run(options.disk, store.run_id)
+        raise
+    own(scratch)
+    return scratch
 
 
 def _step_of(store: Store) -> int:

@@ -8,7 +8,8 @@ waits on the host and is restored first.
 back; a sum that is not finished never does, or the visits that would finish it could wait for its slot
 for ever. Records that units share (tied embeddings) have a place of their own, which the plan foresaw.
 What it cannot foresee (a model called twice in a step) waits in the stack of saved inputs. With `parks`
-every sum has a slot, and keeps it from the first backward of a step until the update.
+every sum has a slot, and keeps it from the first backward of a step until the update, or goes to disk
+(`disk_gradients.py`) from a slot that it leaves again.
 
 Thread rule: called by the thread that runs backward, one visit at a time.
 """
@@ -22,10 +23,11 @@ import torch
 
 from .buffers import Arena, Lease, Pool, Stack
 from .device import Device, DeviceArena, Event
+from .disk_gradients import DiskGradients
 from .records import RecordSet
 from .trace import Tracer
 
-__all__ = ["FinishedGradient", "GradientBuffer", "Gradients"]
+__all__ = ["FinishedGradient", "GradientBuffer", "GradientOnDisk", "Gradients"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,19 @@ class FinishedGradient:
     arrived: Event
 
 
+@dataclass(frozen=True)
+class GradientOnDisk:
+    """A gradient that was parked on disk, handed over to its update.
+
+    Attributes:
+        dtype: of its elements.
+        numel: elements of the flat trainable space.
+    """
+
+    dtype: torch.dtype
+    numel: int
+
+
 class Gradients:
     """See the module."""
 
@@ -76,7 +91,8 @@ class Gradients:
         records: Mapping[str, RecordSet],
         device: Device,
         host: Arena,
-        host_pool: Pool,
+        host_pool: Pool | None,
+        disk: DiskGradients | None,
         device_arena: DeviceArena,
         device_pool: Pool,
         shared: Sequence[str],
@@ -90,6 +106,7 @@ class Gradients:
         self._device = device
         self._host = host
         self._host_pool = host_pool
+        self._disk = disk
         self._device_arena = device_arena
         self._device_pool = device_pool
         self._sum_wide = sum_wide
@@ -100,7 +117,7 @@ class Gradients:
         self._partial: dict[str, FinishedGradient] = {}
         # Largest first: each gets the smallest slot that fits, which is the one planned for it.
         self._places = {
-            owner: host_pool.lease(self._host_nbytes(owner), f"{owner} partial gradient")
+            owner: self._lease(self._host_nbytes(owner), f"{owner} partial gradient")
             for owner in sorted(shared, key=self._host_nbytes, reverse=True)
         }
 
@@ -119,14 +136,33 @@ class Gradients:
         if wide is not compute:
             micro = self._device_arena.tensor(lease, compute, numel, numel * wide.itemsize)
             micro.zero_()
-        partial = self._partial.get(owner)
-        if partial is None:
+        if not self._restore(owner, total):
             total.zero_()
-        else:
-            partial.arrived.wait()
-            source = self._device.host_tensor(self._host, partial.host, partial.dtype, numel)
-            self._device.wait_on_compute(self._device.upload(source, total))
         return GradientBuffer(total, micro, lease)
+
+    def _restore(self, owner: str, total: torch.Tensor) -> bool:
+        """Copy the partial sum so far into `total`; False when there is none."""
+        partial = self._partial.get(owner)
+        if partial is not None:
+            partial.arrived.wait()
+            source = self._device.host_tensor(self._host, partial.host, partial.dtype, total.numel())
+            self._device.wait_on_compute(self._device.upload(source, total))
+            return True
+        lease = None if self._disk is None else self._disk.restore(owner)
+        if lease is None:
+            return False
+        source = self._device.host_tensor(self._host, lease, self._dtype, total.numel())
+        uploaded = self._device.upload(source, total)
+        self._device.wait_on_compute(uploaded)
+        # The slot goes on to the next gradient.
+        uploaded.wait()
+        lease.release()
+        return True
+
+    def read_ahead(self, owner: str) -> None:
+        """Begin to bring back a partial sum that the next visit will add to."""
+        if self._disk is not None:
+            self._disk.read_ahead(owner)
 
     def finish(self, owner: str, buffer: GradientBuffer, *, complete: bool) -> FinishedGradient | None:
         """Copy the sum to host memory and free the device buffer.
@@ -153,8 +189,12 @@ class Gradients:
         """Copy the sum so far to host memory, where it stays until `take_partial`; free the device buffer.
 
         Returns:
-            The sum, to be read only: later visits of the step replace it, in the same place.
+            The sum, to be read only: later visits of the step replace it, in the same place. One that goes
+            to disk is the caller's, to be given to `DiskGradients.write`.
         """
+        if self._on_disk(owner):
+            assert self._disk is not None
+            return self._download(owner, buffer, self._disk.lease(owner))
         parked = self._partial.get(owner)
         host = self._finished_place(owner) if parked is None else parked.host
         self._partial[owner] = self._download(owner, buffer, host)
@@ -176,15 +216,16 @@ class Gradients:
         """Forget every partial sum; for a step that is given up."""
         for owner in list(self._partial):
             self._forget_partial(owner)
+        if self._disk is not None:
+            self._disk.discard()
 
     def pending(self) -> tuple[str, ...]:
         """Return the owners whose gradient has begun and is not complete."""
-        return tuple(self._partial)
+        return (*self._partial, *(() if self._disk is None else self._disk.kept()))
 
     def take_partial(self, owner: str) -> FinishedGradient:
         """Hand over a partial sum as it is: no other visit will add to it in this step."""
-        if self._parks:
-            return self._partial.pop(owner)
+        assert not self._parks
         partial = self._partial[owner]
         partial.arrived.wait()
         host = self._finished_place(owner)
@@ -193,12 +234,27 @@ class Gradients:
         self._forget_partial(owner)
         return FinishedGradient(host, partial.dtype, partial.numel, self._device.record_compute())
 
+    def take_parked(self, owner: str) -> FinishedGradient | GradientOnDisk:
+        """Hand over a parked sum to its update."""
+        if self._on_disk(owner):
+            assert self._disk is not None
+            self._disk.take(owner)
+            return GradientOnDisk(self._dtype, self._records[owner].layout.trainable_numel)
+        return self._partial.pop(owner)
+
+    def _on_disk(self, owner: str) -> bool:
+        return self._disk is not None and owner in self._disk.owners
+
+    def _lease(self, nbytes: int, holder: str) -> Lease:
+        assert self._host_pool is not None, "no gradient stays in host memory"
+        return self._host_pool.lease(nbytes, holder)
+
     def _host_nbytes(self, owner: str) -> int:
         return self._records[owner].layout.trainable_numel * self._dtype.itemsize
 
     def _finished_place(self, owner: str) -> Lease:
         with self._trace.span("wait for a gradient buffer", "stall", owner=owner):
-            return self._host_pool.lease(self._host_nbytes(owner), f"{owner} gradient")
+            return self._lease(self._host_nbytes(owner), f"{owner} gradient")
 
     def _partial_place(self, owner: str) -> Lease:
         if owner in self._partial:

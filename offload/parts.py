@@ -13,8 +13,10 @@ import torch
 
 from .activations import Activations
 from .buffers import Budget
+from .disk_gradients import DiskGradients
 from .gradients import Gradients
 from .masters import Masters
+from .optim.parker import Parker
 from .optim.updater import Updater
 from .options import RuntimeOptions
 from .plan import MemoryPlan
@@ -56,6 +58,8 @@ class Parts:
     gradients: Gradients
     activations: Activations
     updater: Updater
+    parker: Parker | None
+    disk_gradients: DiskGradients | None
     masters: Masters
     store: Store | None
     residents: ResidentRecords | None

@@ -12,14 +12,15 @@ whose slots are held by earlier visits, which end without it; so the smallest pl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 from .codec import OptimizerChunk
 from .errors import CapacityError
+from .gradient_homes import GradientHomes, PartLayout, choose_homes
 from .records import RecordSet
-from .schedule import Pass, Phase, Schedule, window_slots
+from .schedule import Pass, Phase, Schedule, first_use_order, window_slots
 from .sizes import align_down, align_up, format_bytes
 from .specs import Tier
 
@@ -34,6 +35,14 @@ WINDOWS = (3, 2, 1)
 UPDATES_IN_FLIGHT = (2, 1)
 STAGING_SLOTS = (4, 3, 2)
 
+# Where parked gradients fill the host budget, so much of it is left to saved inputs unless the user says
+# how much: their size depends on the batch, which is not known here.
+ACTIVATIONS_SHARE = 8
+
+# A deeper plan is worth so much of the bytes that a step moves to and from the disk: in a model of many units
+# it sends one or two gradients more there, and hides the waits that a shallow window has at every unit.
+DEPTH_WORTH = 0.05
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -44,10 +53,15 @@ class MemoryPlan:
         window: visits fetched ahead of the one that runs.
         updates_in_flight: units whose update may be pending while the model goes on.
         host_weights: slots for weights and frozen records on their way to the device.
-        host_gradients: slots for gradients waiting for their update; one for each when they are parked.
+        host_gradients: slots for gradients waiting for their update; one for each that is parked in host
+            memory.
         host_updates: slots for weights under update between passes, when gradients are parked.
         parked_nbytes: host bytes of parked gradients, 0 when updates run during backward; they are part of
             `host_gradients`.
+        parked_on_disk: owners whose parked gradients go to disk.
+        parked_disk_nbytes: bytes of these; so many are written and read once a step.
+        gradient_ring: slots for whole gradients on their way to disk.
+        gradient_parts: slots for parts of gradients on their way back.
         staging: slots for chunks of optimizer records.
         host_resident_nbytes: records that live in host memory for the whole run.
         activations_nbytes: what is left of the host budget for saved unit inputs.
@@ -63,6 +77,10 @@ class MemoryPlan:
     host_gradients: tuple[int, ...]
     host_updates: tuple[int, ...]
     parked_nbytes: int
+    parked_on_disk: tuple[str, ...]
+    parked_disk_nbytes: int
+    gradient_ring: tuple[int, ...]
+    gradient_parts: tuple[int, ...]
     staging: tuple[int, ...]
     host_resident_nbytes: int
     activations_nbytes: int
@@ -74,7 +92,8 @@ class MemoryPlan:
     def host_nbytes(self) -> int:
         """Bytes of the host arena."""
         slots = (*self.host_weights, *self.host_gradients, *self.host_updates, *self.staging)
-        return _total(slots) + self.host_resident_nbytes + self.activations_nbytes
+        in_transit = (*self.gradient_ring, *self.gradient_parts)
+        return _total((*slots, *in_transit)) + self.host_resident_nbytes + self.activations_nbytes
 
     @property
     def device_nbytes(self) -> int:
@@ -94,9 +113,13 @@ def plan_memory(
     micro_gradients: bool,
     activations_nbytes: int,
     parks: bool = False,
+    parks_on_disk: bool = False,
     fill_activations: bool = False,
 ) -> MemoryPlan:
     """Return the deepest plan that fits both budgets.
+
+    Parked gradients stay in host memory with the shallowest plan rather than go to disk with a deeper one.
+    Once some must go, depth may cost a few more of them; see `DEPTH_WORTH`.
 
     Args:
         schedule: the predicted order.
@@ -108,16 +131,16 @@ def plan_memory(
         gradient_itemsize: bytes of one gradient element as it crosses to the host.
         micro_gradients: whether micro-batches are summed in a second, wider device buffer.
         activations_nbytes: bytes for saved inputs.
-        parks: keep every gradient in host memory until the step ends.
+        parks: keep every gradient until the step ends.
+        parks_on_disk: gradients that do not fit into host memory may be kept on disk.
         fill_activations: give saved inputs what is left of the host budget as well.
 
     Raises:
         CapacityError: not even the smallest plan fits.
     """
     reserve = _device_reserve(records)
-    smallest: MemoryPlan | None = None
-    for window, updates, staging in _depths(home):
-        plan = _plan_at(
+    plans = [
+        _plan_at(
             schedule,
             records,
             trains=trains,
@@ -131,14 +154,31 @@ def plan_memory(
             parks=parks,
             reserve=reserve,
         )
-        if plan.host_nbytes <= host_limit_nbytes and plan.device_nbytes + reserve <= device_limit_nbytes:
-            if not fill_activations:
-                return plan
-            rest = align_down(host_limit_nbytes - plan.host_nbytes, SLOT_ALIGNMENT_NBYTES)
-            return replace(plan, activations_nbytes=plan.activations_nbytes + rest)
-        smallest = plan
-    assert smallest is not None
-    raise CapacityError(_refusal(smallest, host_limit_nbytes, device_limit_nbytes))
+        for window, updates, staging in _depths(home)
+    ]
+    fitting = _fitting(plans, host_limit_nbytes, device_limit_nbytes)
+    if not fitting and parks and parks_on_disk:
+        share = host_limit_nbytes // ACTIVATIONS_SHARE if fill_activations else 0
+        plans = [
+            _with_gradients_on_disk(
+                plan,
+                records,
+                order=first_use_order(schedule.order, trains),
+                shared=shared_owners(trains),
+                itemsize=gradient_itemsize,
+                host_limit_nbytes=host_limit_nbytes,
+                spare_nbytes=max(0, share - plan.activations_nbytes),
+            )
+            for plan in plans
+        ]
+        fitting = _fitting(plans, host_limit_nbytes, device_limit_nbytes)
+    if not fitting:
+        raise CapacityError(_refusal(plans[-1], host_limit_nbytes, device_limit_nbytes))
+    plan = _deepest(fitting, records)
+    if not fill_activations:
+        return plan
+    rest = align_down(host_limit_nbytes - plan.host_nbytes, SLOT_ALIGNMENT_NBYTES)
+    return replace(plan, activations_nbytes=plan.activations_nbytes + rest)
 
 
 def shared_owners(trains: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
@@ -218,12 +258,78 @@ def _plan_at(
         host_gradients=_rounded(host_gradients),
         host_updates=_rounded(host_updates),
         parked_nbytes=_total(_rounded(host_gradients)) if parks else 0,
+        parked_on_disk=(),
+        parked_disk_nbytes=0,
+        gradient_ring=(),
+        gradient_parts=(),
         staging=_rounded((chunk_nbytes,) * staging),
         host_resident_nbytes=resident,
         activations_nbytes=align_up(activations_nbytes, SLOT_ALIGNMENT_NBYTES),
         device_weights=_rounded(device_weights),
         device_gradients=_rounded(window_slots(_sizes(accumulated, backward), 1)),
         device_reserve_nbytes=reserve,
+    )
+
+
+def _fitting(plans: Sequence[MemoryPlan], host_limit: int, device_limit: int) -> list[MemoryPlan]:
+    return [
+        plan
+        for plan in plans
+        if plan.host_nbytes <= host_limit and plan.device_nbytes + plan.device_reserve_nbytes <= device_limit
+    ]
+
+
+def _deepest(plans: Sequence[MemoryPlan], records: Mapping[str, RecordSet]) -> MemoryPlan:
+    """Return the first of `plans` that does not send too many gradients to disk."""
+    # Weights are read twice and written once, optimizer records once each; a gradient once each as well.
+    step_nbytes = sum(3 * unit.weights_nbytes + 2 * unit.optimizer_nbytes for unit in records.values())
+    most = min(plan.parked_disk_nbytes for plan in plans) + DEPTH_WORTH * step_nbytes / 2
+    return next(plan for plan in plans if plan.parked_disk_nbytes <= most)
+
+
+def _with_gradients_on_disk(
+    plan: MemoryPlan,
+    records: Mapping[str, RecordSet],
+    *,
+    order: tuple[str, ...],
+    shared: tuple[str, ...],
+    itemsize: int,
+    host_limit_nbytes: int,
+    spare_nbytes: int,
+) -> MemoryPlan:
+    """Return `plan` with as many of its parked gradients on disk as must be, or all when that is too few."""
+    trained = {owner: unit for owner, unit in records.items() if unit.layout.trainable}
+    numel = {owner: unit.layout.trainable_numel for owner, unit in trained.items()}
+    sizes = {owner: align_up(count * itemsize, SLOT_ALIGNMENT_NBYTES) for owner, count in numel.items()}
+    part_nbytes = max(
+        (
+            PartLayout(unit.format.chunk_numel, itemsize).max_part_nbytes(numel[owner])
+            for owner, unit in trained.items()
+        ),
+        default=0,
+    )
+    # A part more than is computed is being read; with residents nothing else says how many.
+    parts = (part_nbytes,) * max(len(plan.staging) - 1, plan.updates_in_flight)
+    without = replace(plan, host_gradients=(), parked_nbytes=0)
+    capacity = host_limit_nbytes - without.host_nbytes
+    ring = plan.updates_in_flight
+    homes = (
+        choose_homes(
+            sizes, order=order, shared=shared, capacity_nbytes=capacity - spare, ring=ring, parts=parts
+        )
+        for spare in dict.fromkeys((spare_nbytes, 0))
+    )
+    none = GradientHomes((), tuple(sizes), (max(sizes.values(), default=0),) * ring, parts)
+    chosen = next((found for found in homes if found is not None), none)
+    host = tuple(sizes[owner] for owner in chosen.host)
+    return replace(
+        plan,
+        host_gradients=host,
+        parked_nbytes=_total(host),
+        parked_on_disk=chosen.disk,
+        parked_disk_nbytes=sum(sizes[owner] for owner in chosen.disk),
+        gradient_ring=chosen.ring,
+        gradient_parts=chosen.parts,
     )
 
 
@@ -262,6 +368,7 @@ def _refusal(plan: MemoryPlan, host_limit: int, device_limit: int) -> str:
         "weights under update": _total(plan.host_updates),
         "gradients": _total(plan.host_gradients) - plan.parked_nbytes,
         "parked gradients": plan.parked_nbytes,
+        "gradients on their way to disk and back": _total((*plan.gradient_ring, *plan.gradient_parts)),
         "optimizer chunks": _total(plan.staging),
         "resident records": plan.host_resident_nbytes,
         "saved inputs": plan.activations_nbytes,
@@ -280,10 +387,20 @@ def _refusal(plan: MemoryPlan, host_limit: int, device_limit: int) -> str:
                 f"  {knob}: needs {format_bytes(needed)} ({listing}), the budget is {format_bytes(limit)};"
                 f" set {knob} to at least {needed} bytes"
             )
-    if plan.parked_nbytes and sum(host.values()) > host_limit:
-        lines.append(
-            f"  of these, {plan.parked_nbytes} bytes are gradients kept until the step ends:"
-            " max_grad_norm=None and park_gradients=False need none, gradient_dtype='bfloat16' needs 2 bytes"
-            " per trainable parameter"
-        )
+    if sum(host.values()) > host_limit and (plan.parked_nbytes or plan.parked_on_disk):
+        lines.append(_refusal_of_parking(plan))
     return "\n".join(lines)
+
+
+def _refusal_of_parking(plan: MemoryPlan) -> str:
+    knobs = (
+        "max_grad_norm=None and park_gradients=False need none, gradient_dtype='bfloat16' needs 2 bytes"
+        " per trainable parameter"
+    )
+    if plan.parked_on_disk:
+        return (
+            f"  all {plan.parked_disk_nbytes} bytes of gradients kept until the step ends are on disk in this"
+            f" plan, and pass through {_total((*plan.gradient_ring, *plan.gradient_parts))} of these bytes:"
+            f" {knobs}"
+        )
+    return f"  of these, {plan.parked_nbytes} bytes are gradients kept until the step ends: {knobs}"

@@ -48,6 +48,8 @@ class RuntimeStats:
         steps: optimizer steps.
         disk_read_nbytes: bytes asked from drives.
         disk_written_nbytes: bytes given to drives, manifests aside.
+        parked_read_nbytes: of `disk_read_nbytes`, those of gradients parked on disk.
+        parked_written_nbytes: of `disk_written_nbytes`, those of gradients parked on disk.
         busy_s: seconds in which each link or worker was busy, by track name.
         stall_s: seconds in which someone waited; included in `busy_s` as "stall".
         host_high_water_nbytes: the most host memory under lease.
@@ -57,6 +59,8 @@ class RuntimeStats:
     steps: int
     disk_read_nbytes: int
     disk_written_nbytes: int
+    parked_read_nbytes: int
+    parked_written_nbytes: int
     busy_s: Mapping[str, float]
     stall_s: float
     host_high_water_nbytes: int
@@ -384,6 +388,8 @@ class Runtime:
             steps=self._steps_counted,
             disk_read_nbytes=counters.get("disk_read_nbytes", 0),
             disk_written_nbytes=counters.get("disk_written_nbytes", 0),
+            parked_read_nbytes=counters.get("parked_read_nbytes", 0),
+            parked_written_nbytes=counters.get("parked_written_nbytes", 0),
             busy_s=busy_s,
             stall_s=busy_s.get("stall", 0.0),
             host_high_water_nbytes=self._parts.host_budget.high_water_nbytes,

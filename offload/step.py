@@ -138,7 +138,7 @@ class Step:
         if self.norm is None:
             self.settle()
             self._settle_unfinished()
-            self.norm = self._parts.updater.global_norm()
+            self.norm = self._wait_for_norm()
         return self.norm
 
     def clip(self, max_norm: float) -> float:
@@ -178,7 +178,7 @@ class Step:
         """
         self._count_dropped()
         self.settle()
-        self._parts.updater.global_norm()
+        self._wait_for_norm()
         if self._updated and not restoring:
             self._roll_back()
         self._seen_order.clear()
@@ -238,9 +238,13 @@ class Step:
                 "backward() after clip_grad_norm_(): call step() first; clip behind the last one"
             )
         self.norm = None
-        return {
-            owner: self._parts.gradients.begin(owner) for owner in self._streamed[unit.name].trained_owners
-        }
+        gradients = self._parts.gradients
+        buffers = {owner: gradients.begin(owner) for owner in self._streamed[unit.name].trained_owners}
+        if self._parks:
+            # A sum that the next visit goes on with is brought back from disk meanwhile.
+            for owner in self._trained_next(unit.name):
+                gradients.read_ahead(owner)
+        return buffers
 
     def finish_gradients(self, unit: Unit, buffers: Mapping[str, GradientBuffer]) -> None:
         """Hand gradients over: park them, or start the update of every record that is complete."""
@@ -262,10 +266,13 @@ class Step:
     # -- parts of a step ---------------------------------------------------------------------
 
     def _park(self, owner: str, buffer: GradientBuffer, *, complete: bool) -> None:
-        parked = self._parts.gradients.park(owner, buffer)
-        if complete:
+        parts = self._parts
+        assert parts.parker is not None
+        parked = parts.gradients.park(owner, buffer)
+        if complete or owner in parts.plan.parked_on_disk:
+            # On its way to disk it is measured whether or not it is complete: it is not read again for that.
             self._unmeasured.discard(owner)
-            self._parts.updater.measure(owner, parked)
+            parts.parker.park(owner, parked)
         else:
             self._unmeasured.add(owner)
         self._show_gradient(owner)
@@ -283,7 +290,7 @@ class Step:
         # A record that this forward did not use can have a gradient of an earlier one.
         places = {owner: place for place, owner in enumerate(ahead)}
         for owner in sorted(pending, key=lambda owner: places.get(owner, len(places))):
-            gradient = parts.gradients.take_partial(owner)
+            gradient = parts.gradients.take_parked(owner)
             step = self.num_done + 1
             parts.updater.submit(Update(owner, None, gradient, settings, step, scale, measured=True))
 
@@ -311,8 +318,9 @@ class Step:
     def _settle_unfinished(self) -> None:
         """Take the gradients whose announced visits did not all run; see [Note: when an update starts]."""
         if self._parks:
+            assert self._parts.parker is not None
             for owner in sorted(self._unmeasured):
-                self._parts.updater.measure(owner, self._parts.gradients.parked(owner))
+                self._parts.parker.park(owner, self._parts.gradients.parked(owner))
             self._unmeasured.clear()
             return
         for owner in self._parts.gradients.pending():
@@ -320,6 +328,18 @@ class Step:
             self._parts.transfer.enter(visit, Pass.TRAIN)
             self._start_update(owner, self._parts.gradients.take_partial(owner))
             self._parts.transfer.leave(visit, Pass.TRAIN)
+
+    def _wait_for_norm(self) -> GlobalNorm:
+        norm = self._parts.updater.global_norm()
+        if self._parts.parker is not None:
+            self._parts.parker.check()
+        return norm
+
+    def _trained_next(self, unit: str) -> tuple[str, ...]:
+        """Return the owners that the backward visit behind that of `unit` adds to, by the order predicted."""
+        order = self._schedule.order
+        place = order.index(unit) if unit in order else 0
+        return self._trained[order[place - 1]] if place else ()
 
     def _roll_back(self) -> None:
         """Undo updates that have run: read the last committed state again, which is the one before."""

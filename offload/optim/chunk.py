@@ -40,7 +40,8 @@ class ChunkMemory:
         chunk: which elements, and where their arrays lie in `optimizer`.
         optimizer: the chunk's own bytes, from where the chunk begins.
         weights: the bytes of the unit's whole weights record.
-        gradient: the bytes of the unit's whole flat gradient; only read, zero in the padding.
+        gradient: the bytes of the chunk's gradient, from where the chunk begins; only read, zero in the
+            padding.
         gradient_dtype: float32, bfloat16 or float16.
     """
 
@@ -92,7 +93,7 @@ def update_chunk(
         StateError: as `adamw_update`.
     """
     chunk = memory.chunk
-    gradient = view_elements(memory.gradient, memory.gradient_dtype, chunk.stop)
+    gradient = view_elements(memory.gradient, memory.gradient_dtype, chunk.numel)
     weights = view_elements(memory.weights, memory.format.torch_dtype, chunk.stop)
     views = view_optimizer_chunk(chunk, memory.optimizer)
     moments_8bit = _moments_8bit(views)
@@ -104,7 +105,7 @@ def update_chunk(
         residual = None if views.residual is None else views.residual[in_chunk]
         if moments_8bit is None:
             adamw_update(
-                gradient[in_unit],
+                gradient[in_chunk],
                 weights[in_unit],
                 residual,
                 views.exp_avg[in_chunk],
@@ -118,7 +119,7 @@ def update_chunk(
         else:
             exp_avg, exp_avg_sq = moments_8bit
             adamw_update_8bit(
-                gradient[in_unit],
+                gradient[in_chunk],
                 weights[in_unit],
                 residual,
                 exp_avg.part(in_chunk),

@@ -5,8 +5,8 @@ backward) or in which forward needs them (between passes), and commits between t
 takes them in order, every write of step n is in the store before its commit, and none of step n+1. The
 reads and writes around an update are `pipeline.py`.
 
-Every gradient's squared norm is measured here, when it has arrived. When one is not finite, neither its
-record nor any later one is updated until `roll_back`.
+A gradient that was not parked is measured here, when it has arrived (`parker.py` measures the others). When
+one is not finite, neither its record nor any later one is updated until `roll_back`.
 
 Invariants: a chunk is read, updated and written once a step; a record can be fetched again
 (`on_updated`) only when its bytes are in the store, or at home in host memory.
@@ -19,22 +19,22 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..buffers import Arena, Lease, Pool
-from ..codec import OptimizerChunk, view_elements
-from ..gradients import FinishedGradient
+from ..codec import OptimizerChunk
+from ..gradients import FinishedGradient, GradientOnDisk
 from ..records import RecordSet
 from ..residents import ResidentRecords
 from ..store import Store
 from ..trace import Tracer
 from .chunk import ChunkMemory, update_chunk
+from .gradient_parts import GradientParts
 from .groups import ParameterSettings
-from .kernel import squared_norm
-from .norms import GlobalNorm, GradientNorms
+from .norms import GlobalNorm
+from .parker import GradientMeter
 from .pipeline import ChunkPipeline
 
 __all__ = ["Update", "Updater"]
@@ -52,7 +52,7 @@ class Update:
         owner: the unit.
         weights: host lease with the weights record, updated in place and written; None when the update
             runs between passes and reads it.
-        gradient: its gradient on the host, or on the way there.
+        gradient: its gradient on the host or on the way there, or parked on disk.
         settings: learning rate and the rest by parameter name, as of this step.
         step: optimizer steps including this one, from 1.
         grad_scale: the gradient is multiplied with it first: the clip factor.
@@ -61,17 +61,11 @@ class Update:
 
     owner: str
     weights: Lease | None
-    gradient: FinishedGradient
+    gradient: FinishedGradient | GradientOnDisk
     settings: Mapping[str, ParameterSettings]
     step: int
     grad_scale: float = 1.0
     measured: bool = False
-
-
-@dataclass(frozen=True)
-class _Measure:
-    owner: str
-    gradient: FinishedGradient
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ class _RollBack:
     reached: threading.Event
 
 
-_Work = Update | _Measure | _Commit | _Pause | _RollBack | threading.Event | None
+_Work = Update | _Commit | _Pause | _RollBack | threading.Event | None
 
 
 class Updater:
@@ -107,7 +101,8 @@ class Updater:
         weights: Pool | None,
         store: Store | None,
         residents: ResidentRecords | None,
-        num_threads: int,
+        gradient_parts: GradientParts | None,
+        meter: GradientMeter,
         on_updated: Callable[[str, Lease], None],
         on_committed: Callable[[int, int], None],
         on_error: Callable[[BaseException], None],
@@ -117,13 +112,15 @@ class Updater:
         self._host = host
         self._store = store
         self._residents = residents
-        self._num_threads = num_threads
+        self._num_threads = meter.num_threads
         self._on_updated = on_updated
         self._on_committed = on_committed
         self._on_error = on_error
         self._trace = trace
         self._order: tuple[str, ...] = ()
-        self._norms = GradientNorms()
+        self._gradient_parts = gradient_parts
+        self._meter = meter
+        self._norms = meter.norms
         self._spoiled = False
         self._pipeline: ChunkPipeline | None = None
         if residents is None:
@@ -152,12 +149,10 @@ class Updater:
         """Queue one record's update; the thread takes over its leases."""
         if not update.measured:
             self._norms.expect()
+        if isinstance(update.gradient, GradientOnDisk):
+            assert self._gradient_parts is not None
+            self._gradient_parts.expect(update.owner)
         self._work.put(update)
-
-    def measure(self, owner: str, gradient: FinishedGradient) -> None:
-        """Queue the measuring of a parked gradient's norm; one measured again replaces the one before."""
-        self._norms.expect()
-        self._work.put(_Measure(owner, gradient))
 
     def global_norm(self) -> GlobalNorm:
         """Wait until the gradients of this step were measured and return their norm.
@@ -275,16 +270,16 @@ class Updater:
             self._fail(error)
 
     def _settle(self) -> None:
+        if self._gradient_parts is not None:
+            self._gradient_parts.settle()
         if self._pipeline is not None:
             error = self._pipeline.settle()
             self._error = self._error or error
 
-    def _attempt(self, item: Update | _Measure | _Commit) -> None:
+    def _attempt(self, item: Update | _Commit) -> None:
         try:
             if isinstance(item, Update):
                 self._update(item)
-            elif isinstance(item, _Measure):
-                self._measure(item.owner, item.gradient)
             else:
                 self._finish_step(item)
         except _FAILURES as error:
@@ -297,68 +292,66 @@ class Updater:
         self._settle()
         self._on_error(error)
 
-    def _drop(self, item: Update | _Measure | _Commit) -> None:
-        if isinstance(item, _Measure) or (isinstance(item, Update) and not item.measured):
+    def _drop(self, item: Update | _Commit) -> None:
+        if isinstance(item, _Commit):
+            return
+        if not item.measured:
             self._norms.miss()
-        if isinstance(item, Update):
-            self._give_up(item)
+        self._give_up(item)
 
     def _give_up(self, update: Update) -> None:
         """Give back what an update still holds; the model's thread may wait for the slot."""
-        # The copy into it may not have ended.
-        update.gradient.arrived.wait()
-        if not update.gradient.host.released:
-            update.gradient.host.release()
+        if isinstance(update.gradient, FinishedGradient):
+            # The copy into it may not have ended.
+            update.gradient.arrived.wait()
+            if not update.gradient.host.released:
+                update.gradient.host.release()
         if self._residents is None and update.weights is not None and not update.weights.released:
             update.weights.release()
 
-    def _measure(self, owner: str, gradient: FinishedGradient) -> bool:
+    def _measure(self, update: Update) -> bool:
         """Note the gradient's squared norm; return whether it is finite."""
+        assert isinstance(update.gradient, FinishedGradient)
         try:
-            began_s = time.perf_counter()
-            gradient.arrived.wait()
-            waited_s = time.perf_counter()
-            if waited_s - began_s > 1e-4:
-                self._trace.add("stall", "update waits for a gradient", began_s, waited_s)
-            memory = self._host.view(gradient.host, 0, gradient.numel * gradient.dtype.itemsize)
-            flat = view_elements(memory, gradient.dtype, gradient.numel)
-            with self._trace.span(owner, "norm", elements=gradient.numel):
-                squared, is_finite = squared_norm(flat, num_threads=self._num_threads)
+            squared, is_finite = self._meter.squared_norm(update.owner, update.gradient)
         except _FAILURES as error:
             # Before whoever waits for the norm goes on.
             self._error = self._error or error
             self._norms.miss()
             raise
-        self._norms.put(owner, squared, is_finite=is_finite)
+        self._norms.put(update.owner, squared, is_finite=is_finite)
         return is_finite
 
     def _update(self, update: Update) -> None:
         record = self._records[update.owner]
         layout = record.layout
-        if not update.measured and not self._measure(update.owner, update.gradient):
+        if not update.measured and not self._measure(update):
             self._spoiled = True
         if self._spoiled:
             self._give_back(update)
             return
-        numel = layout.trainable_numel
-        dtype = update.gradient.dtype
-        gradient = self._host.view(update.gradient.host, 0, numel * dtype.itemsize)
+        # Their reads go on while the updates before theirs are computed.
+        while self._gradient_parts is not None and self._gradient_parts.advance():
+            pass
         lease = update.weights or self._weights_of(update.owner)
         weights = self._host.view(lease, 0, record.weights_nbytes)
-        for chunk in record.format.optimizer_chunks(numel):
+        for chunk in record.format.optimizer_chunks(layout.trainable_numel):
             memory = self._chunk_memory(update.owner, chunk)
+            gradient = self._gradient_memory(update, chunk)
             with self._trace.span(update.owner, "update", elements=chunk.numel):
                 update_chunk(
-                    ChunkMemory(record.format, chunk, memory, weights, gradient, dtype),
+                    ChunkMemory(record.format, chunk, memory, weights, gradient, update.gradient.dtype),
                     layout,
                     update.settings,
                     step=update.step,
                     grad_scale=update.grad_scale,
                     num_threads=self._num_threads,
                 )
+            if self._gradient_parts is not None and isinstance(update.gradient, GradientOnDisk):
+                self._gradient_parts.give_back()
             if self._pipeline is not None:
                 self._pipeline.write_back(update.owner, chunk)
-        update.gradient.host.release()
+        self._release_gradient(update)
         if self._pipeline is not None:
             self._pipeline.write_weights(update.owner, lease)
         if self._residents is not None:
@@ -367,9 +360,21 @@ class Updater:
 
     def _give_back(self, update: Update) -> None:
         """Leave a record as it is, in a step of which nothing will be kept."""
-        update.gradient.host.release()
+        self._release_gradient(update)
         assert update.weights is not None
         self._on_updated(update.owner, update.weights)
+
+    def _release_gradient(self, update: Update) -> None:
+        if isinstance(update.gradient, FinishedGradient):
+            update.gradient.host.release()
+
+    def _gradient_memory(self, update: Update, chunk: OptimizerChunk) -> memoryview:
+        """Return the bytes of the gradient for a chunk, from disk if it was parked there."""
+        if isinstance(update.gradient, GradientOnDisk):
+            assert self._gradient_parts is not None
+            return self._gradient_parts.take(update.owner, chunk)
+        itemsize = update.gradient.dtype.itemsize
+        return self._host.view(update.gradient.host, chunk.start * itemsize, chunk.numel * itemsize)
 
     def _weights_of(self, owner: str) -> Lease:
         if self._residents is not None:

@@ -38,8 +38,10 @@ LAYERS = (
     "residents",  # records whose home is the host; transfer and optim look here before the disk
     "masters",
     "schedule",  # pure order and window; plan reckons with both
+    "gradient_homes",  # pure: which parked gradients stay in host memory
     "plan",
     "probe",
+    "disk_gradients",
     "gradients",
     "transfer",
     "activations",
