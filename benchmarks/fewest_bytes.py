@@ -1,9 +1,9 @@
 """How many bytes does an optimizer step read and write for each parameter?
 
-Everything lies on disk: bf16 weights whose fp32 masters are exact, fp32 moments. The kernel's own
-counters (/proc/self/io: bytes this process made the block layer fetch and store) are read around steady
-steps, for the batch at once and cut into four micro-batches. Between steps the benchmark waits until
-the counters rest, so that what is read ahead counts for the step that caused it.
+Everything lies on disk: bf16 weights whose fp32 masters are exact, and moments in fp32 or in 8 bits. The
+kernel's own counters (/proc/self/io: bytes this process made the block layer fetch and store) are read
+around steady steps, for the batch at once and cut into four micro-batches. Between steps the benchmark
+waits until the counters rest, so that what is read ahead counts for the step that caused it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import offload
 from offload import Runtime
 
 QUESTION = "how many bytes does a step read and write for each parameter?"
-# With fp32 moments: bf16 weights twice (2 + 2), residual (2) and moments (8) read; one of the two
-# weight reads is not written. 0.3 for padding, manifests and the journal.
-READ_BAR, WRITE_BAR = 14.3, 12.3
+# bf16 weights twice (2 + 2), residual (2) and moments (8, or 2.03 in 8 bits) read; one of the two
+# weight reads is not written. 0.3 for scales, padding, manifests and the journal.
+BARS = {"float32": (14.3, 12.3), "8bit": (8.3, 6.3)}
 MICRO_BATCHES = 4
 COUNTERS = ("kernel read", "kernel written", "runtime read", "runtime written")
 # How long the counters must rest before they are read.
@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures = [_measure(args, report, rows) for rows in (None, args.batch // MICRO_BATCHES)]
     for micro_batches, read, written in figures:
         what = f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''}"
-        report.bar(f"read, {what}", read, READ_BAR, "bytes per parameter")
-        report.bar(f"written, {what}", written, WRITE_BAR, "bytes per parameter")
+        read_bar, write_bar = BARS[args.moments]
+        report.bar(f"read, {what}", read, read_bar, "bytes per parameter")
+        report.bar(f"written, {what}", written, write_bar, "bytes per parameter")
     return report.finish(args.save)
 
 
@@ -50,6 +51,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--disk", type=Path, required=True, metavar="DIR", help="where the state may lie")
     parser.add_argument("--host-memory", default="512MiB", metavar="SIZE", help="[%(default)s]")
     parser.add_argument("--device-memory", default="1GiB", metavar="SIZE", help="[%(default)s]")
+    parser.add_argument("--moments", choices=sorted(BARS), default="float32", help="[%(default)s]")
     parser.add_argument("--warm-up", type=int, default=2, metavar="STEPS", help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=5, help="[%(default)s]")
     parser.add_argument("--batch", type=int, default=MICRO_BATCHES, help="rows of a step [%(default)s]")
@@ -76,6 +78,7 @@ def _measure(args: argparse.Namespace, report: Report, rows: int | None) -> tupl
             host_memory=args.host_memory,
             device_memory=args.device_memory,
             rows=rows,
+            moments=args.moments,
         )
         with runtime:
             for step in range(args.warm_up + args.steps):
@@ -105,9 +108,9 @@ def _measure(args: argparse.Namespace, report: Report, rows: int | None) -> tupl
     )
     report.say()
     report.say(
-        f"{opened.label}, {opened.num_parameters:,} parameters; host budget {args.host_memory}, device budget"
-        f" {args.device_memory}. Direct I/O, no page cache. Bytes per parameter and step, {len(steady)} steps"
-        f" after {args.warm_up}:"
+        f"{opened.label}, {opened.num_parameters:,} parameters; moments in {args.moments}; host budget"
+        f" {args.host_memory}, device budget {args.device_memory}. Direct I/O, no page cache. Bytes per"
+        f" parameter and step, {len(steady)} steps after {args.warm_up}:"
     )
     report.say()
     columns = list(zip(*steady, strict=True))

@@ -21,7 +21,7 @@ SMALL = ["--shape", "toy", "--host-memory", "64MiB", "--device-memory", "64MiB"]
 ARGUMENTS = {
     "adam": ["--parameters", "1000", "--rounds", "1"],
     "bounded": [*SMALL, "--steps", "2", "--length", "8", "--learning-rate", "0.01"],
-    "fewest_bytes": [*SMALL, "--warm-up", "1", "--steps", "1", "--length", "8"],
+    "fewest_bytes": [*SMALL, "--moments", "8bit", "--warm-up", "1", "--steps", "1", "--length", "8"],
     "kill_loop": [*SMALL, "--kills", "1", "--steps", "3", "--length", "8"],
     "io": [
         *("--size", "8MiB", "--transfer", "8MiB", "--rounds", "1", "--cells", "*:128k:*"),
