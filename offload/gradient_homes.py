@@ -115,6 +115,8 @@ def choose_homes(
         The homes; None when not even the ring and the parts fit.
     """
     ranked = sorted(sizes, key=lambda owner: (owner not in shared, _place(order, owner)))
+    if sum(sizes.values()) <= capacity_nbytes:
+        return GradientHomes(tuple(ranked))
     best: GradientHomes | None = None
     most_nbytes = -1
     for largest in sorted(set(sizes.values())):
@@ -130,9 +132,8 @@ def choose_homes(
             else:
                 disk.append(owner)
         nbytes = sum(sizes[owner] for owner in host)
-        if nbytes > most_nbytes:
-            slots = (largest,) * ring if disk else ()
-            best = GradientHomes(tuple(host), tuple(disk), slots, tuple(parts) if disk else ())
+        if disk and nbytes > most_nbytes:
+            best = GradientHomes(tuple(host), tuple(disk), (largest,) * ring, tuple(parts))
             most_nbytes = nbytes
     return best
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from offload.codec import RecordFormat
 from offload.errors import CapacityError
+from offload.gradient_homes import PartLayout, choose_homes
 from offload.plan import MemoryPlan, plan_memory
 from offload.records import record_sets
 from offload.schedule import Schedule
@@ -115,6 +118,116 @@ def test_parked_gradients_that_do_not_fit_are_refused_with_their_bytes_and_the_k
     assert f"{needed} bytes are gradients kept until the step ends" in str(refusal.value)
     assert "max_grad_norm=None" in str(refusal.value)
     assert "parked gradients 28.0 MiB" in str(refusal.value)
+
+
+def test_parked_gradients_that_do_not_fit_go_to_disk_where_there_is_one() -> None:
+    memory = plan(1024 * MIB, 1024 * MIB, parks=True)
+    smallest = memory.host_nbytes
+    for host in range(memory.host_nbytes, 0, -2 * MIB):
+        try:
+            found = plan(host, 1024 * MIB, parks=True, parks_on_disk=True)
+        except CapacityError as error:
+            message = str(error)
+            break
+        smallest = host
+        assert found.host_nbytes <= host
+        assert found.parked_nbytes + found.parked_disk_nbytes == memory.parked_nbytes
+        assert bool(found.parked_on_disk) == bool(found.gradient_ring) == bool(found.gradient_parts)
+        assert len(found.gradient_ring) in (0, found.updates_in_flight)
+    else:
+        pytest.fail("every budget was enough")
+    assert f"all {memory.parked_nbytes} bytes of gradients" in message
+    assert "gradients on their way to disk and back" in message
+    # Weights under update, chunks and the ring, but not the gradients.
+    assert smallest < memory.parked_nbytes + 48 * MIB
+
+
+def test_what_a_refusal_asks_for_is_enough_with_gradients_on_disk() -> None:
+    with pytest.raises(CapacityError) as refusal:
+        plan(MIB, 1024 * MIB, parks=True, parks_on_disk=True)
+    asked = re.search(r"host_memory to at least (\d+) bytes", str(refusal.value))
+    assert asked
+    found = plan(int(asked[1]), 1024 * MIB, parks=True, parks_on_disk=True)
+    assert len(found.parked_on_disk) == len(NUMELS)
+    with pytest.raises(CapacityError):
+        plan(int(asked[1]) - 4096, 1024 * MIB, parks=True, parks_on_disk=True)
+
+
+def test_saved_inputs_keep_a_share_where_gradients_fill_the_budget() -> None:
+    settings: dict[str, Any] = {"parks": True, "parks_on_disk": True, "fill_activations": True}
+    with pytest.raises(CapacityError) as refusal:
+        plan(MIB, 1024 * MIB, **settings)
+    asked = re.search(r"host_memory to at least (\d+) bytes", str(refusal.value))
+    assert asked
+    host = int(asked[1]) + 16 * MIB
+    found = plan(host, 1024 * MIB, **settings)
+    assert found.parked_on_disk
+    assert found.activations_nbytes >= host // 8 > MIB
+    assert host - 4096 < found.host_nbytes <= host
+
+
+SIZES = {"embed": 16, "a": 4, "b": 4, "c": 4, "norm": 1}
+ORDER = ("embed", "a", "b", "c", "norm")
+
+
+@pytest.mark.parametrize(
+    ("capacity", "shared", "host"),
+    [
+        (0, (), None),
+        (16 + 2, (), ()),  # the ring alone: one slot for the largest, and the parts
+        # The embedding is worth its bytes: the ring is then as small as a block.
+        (16 + 4 + 2, (), ("embed",)),
+        (16 + 4 + 2 + 4, (), ("embed", "a")),
+        (16 + 4 + 2 + 3, (), ("embed", "norm")),
+        (16 + 2 + 9, ("c",), ("embed", "c", "norm")),
+        (28, (), ("embed", "a", "norm")),
+        (29, (), ("embed", "a", "b", "c", "norm")),  # all, and no ring
+    ],
+)
+def test_the_gradients_that_stay_are_the_most_bytes_then_the_first_updated(
+    capacity: int, shared: tuple[str, ...], host: tuple[str, ...] | None
+) -> None:
+    found = choose_homes(SIZES, order=ORDER, shared=shared, capacity_nbytes=capacity, ring=1, parts=(1, 1))
+    if host is None:
+        assert found is None
+        return
+    assert found is not None
+    assert (sorted(found.host), sorted((*found.host, *found.disk))) == (sorted(host), sorted(SIZES))
+    used = sum(SIZES[owner] for owner in found.host) + found.transit_nbytes
+    assert used <= capacity
+    assert [max(SIZES[owner] for owner in found.disk)] == list(found.ring) if found.disk else not found.ring
+
+
+def test_no_choice_of_homes_keeps_more_bytes_within_the_capacity() -> None:
+    for capacity in range(3, 40):
+        found = choose_homes(SIZES, order=ORDER, shared=(), capacity_nbytes=capacity, ring=2, parts=(1,))
+        best = -1
+        for chosen in (set(some) for count in range(6) for some in combinations(SIZES, count)):
+            disk = [SIZES[owner] for owner in SIZES if owner not in chosen]
+            kept = sum(SIZES[owner] for owner in chosen)
+            if kept + (2 * max(disk) + 1 if disk else 0) <= capacity:
+                best = max(best, kept)
+        kept = -1 if found is None else sum(SIZES[owner] for owner in found.host)
+        assert best - min(SIZES.values()) <= kept <= best, capacity
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("chunk_numel", [128, 384, 4096, 3 << 18, 1 << 21])
+def test_parts_of_a_gradient_cover_their_elements(chunk_numel: int, itemsize: int) -> None:
+    layout = PartLayout(chunk_numel, itemsize)
+    numel = 128 * 331
+    assert layout.chunk_nbytes % 4096 == 0
+    assert 0 <= layout.record_nbytes(numel) - numel * itemsize < 4096
+    for start in range(0, numel, chunk_numel):
+        stop = min(start + chunk_numel, numel)
+        begin, nbytes = layout.part(start, stop, numel)
+        assert begin % layout.chunk_nbytes == 0
+        assert begin <= start * itemsize
+        assert stop * itemsize <= begin + nbytes <= layout.record_nbytes(numel)
+        assert nbytes <= layout.max_part_nbytes(numel)
+        if chunk_numel * itemsize % 4096 == 0:
+            assert begin == start * itemsize
+            assert nbytes - (stop - start) * itemsize < 4096
 
 
 def test_parked_gradients_of_resident_records_need_no_more_weights() -> None:

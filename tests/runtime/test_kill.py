@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -166,11 +167,26 @@ def expected(unbroken: Run) -> Any:
 
 # Updates run between passes, overlapped with the next forward.
 PARKED = {"max_grad_norm": 0.25}
+# The least host memory with which it runs: every gradient goes to disk first.
+PARKED_ON_DISK = {**PARKED, "activations_nbytes": 1 << 18, "host_memory": 499_712}
+# What lies in the folder of a run.
+NAMES = re.compile(r"OFFLOAD_RUN|lock|data\.bin|manifest-\d+(\.tmp)?")
 
 
 @pytest.fixture(scope="module")
 def parked(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     run = Run(trainer, tmp_path_factory.mktemp("parked"), settings=PARKED)
+    run.measure()
+    return run.result()
+
+
+# Random numbers round them: a resumed run must draw those that it would have drawn.
+CODED = {"moments": "8bit"}
+
+
+@pytest.fixture(scope="module")
+def coded(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    run = Run(trainer, tmp_path_factory.mktemp("coded"), settings=CODED)
     run.measure()
     return run.result()
 
@@ -234,3 +250,75 @@ def test_a_run_that_parks_gradients_and_dies_ends_like_an_unbroken_one(
     assert run.attempt(die=point) == -signal.SIGKILL
     assert run.attempt() == 0
     assert run.result() == parked
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        ("write", 2),  # in the midst of the gradients of a step
+        ("write", 11),  # and of its updates
+        ("backward", 1),  # every gradient was handed over
+    ],
+    ids=lambda point: f"{point[0]} {point[1]}",
+)
+def test_a_run_that_parks_gradients_on_disk_and_dies_leaves_none_and_ends_like_an_unbroken_one(
+    trainer: Trainer, parked: Any, tmp_path: Path, point: tuple[str, int]
+) -> None:
+    run = Run(trainer, tmp_path, settings=PARKED_ON_DISK)
+    assert run.attempt(die=point) == -signal.SIGKILL
+    (folder,) = tmp_path.iterdir()
+    assert [name for name in os.listdir(folder) if not NAMES.fullmatch(name)] == []
+    assert run.attempt() == 0
+    assert run.result() == parked
+
+
+def test_a_run_that_parks_gradients_on_disk_and_is_killed_at_random_moments(
+    trainer: Trainer, unbroken: Run, parked: Any, tmp_path: Path
+) -> None:
+    rng = random.Random(4)
+    run = Run(trainer, tmp_path, unbroken.import_s, unbroken.step_s, settings=PARKED_ON_DISK)
+    for moment in sorted(rng.uniform(0, STEPS - 1) for _ in range(KILLS // 2)):
+        assert run.attempt(kill_at=moment) == -signal.SIGKILL
+        (folder,) = tmp_path.iterdir()
+        assert [name for name in os.listdir(folder) if not NAMES.fullmatch(name)] == []
+    assert run.attempt() == 0
+    assert run.result() == parked
+
+
+def test_8bit_moments_change_the_run(expected: Any, coded: Any) -> None:
+    assert coded[0] != expected[0]
+    sizes = [sum(len(data) for data in result[2].values()) for result in (coded, expected)]
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        ("import", 9),
+        ("backward", 1),
+        ("write", 1),
+        ("write", 9),
+        ("before sync", 2),
+        ("before rename", 2),
+        ("after rename", 1),
+    ],
+    ids=lambda point: f"{point[0]} {point[1]}",
+)
+def test_a_run_with_8bit_moments_that_dies_ends_like_an_unbroken_one(
+    trainer: Trainer, coded: Any, tmp_path: Path, point: tuple[str, int]
+) -> None:
+    run = Run(trainer, tmp_path, settings=CODED)
+    assert run.attempt(die=point) == -signal.SIGKILL
+    assert run.attempt() == 0
+    assert run.result() == coded
+
+
+def test_a_run_with_8bit_moments_killed_at_random_moments_ends_like_an_unbroken_one(
+    trainer: Trainer, unbroken: Run, coded: Any, tmp_path: Path
+) -> None:
+    rng = random.Random(4)
+    run = Run(trainer, tmp_path, unbroken.import_s, unbroken.step_s, settings=CODED)
+    for moment in sorted(rng.uniform(-1, STEPS - 1) for _ in range(KILLS // 2)):
+        assert run.attempt(kill_at=moment) == -signal.SIGKILL
+    assert run.attempt() == 0
+    assert run.result() == coded
