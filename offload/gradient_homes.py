@@ -87,9 +87,12 @@ class PartLayout:
         return begin, end - begin
 
     def max_part_nbytes(self, numel: int) -> int:
-        """Return the length of the longest part of a gradient of `numel` elements."""
-        starts = range(0, numel, self.chunk_numel)
-        return max((self.part(at, min(at + self.chunk_numel, numel), numel)[1] for at in starts), default=0)
+        """Return a length that no part of a gradient of `numel` elements exceeds."""
+        part_nbytes = self.chunk_numel * self.itemsize
+        if part_nbytes % self.chunk_nbytes:
+            # Neither its begin nor its end is that of a chunk on disk.
+            part_nbytes = align_up(part_nbytes, self.chunk_nbytes) + self.chunk_nbytes
+        return min(part_nbytes, self.record_nbytes(numel))
 
 
 def choose_homes(

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from .codec import OptimizerChunk
 from .errors import CapacityError
 from .gradient_homes import GradientHomes, PartLayout, choose_homes
 from .records import RecordSet
@@ -239,9 +238,9 @@ def _plan_at(
         host_updates = window_slots(
             _sizes({owner: records[owner].host_nbytes for owner in records}, backward), updates
         )
+    # A record of one chunk may be shorter than a full one.
     chunk_nbytes = max(
-        (chunk.nbytes for unit in records.values() for chunk in _first_chunks(unit)),
-        default=0,
+        (min(unit.format.chunk_nbytes, unit.optimizer_nbytes) for unit in records.values()), default=0
     )
     resident = 0
     if home is not Tier.DISK:
@@ -335,11 +334,6 @@ def _with_gradients_on_disk(
 
 def _sizes(nbytes: Mapping[str, int], visits: list[tuple[str, ...]]) -> list[dict[str, int]]:
     return [{owner: nbytes[owner] for owner in owners} for owners in visits if owners]
-
-
-def _first_chunks(unit: RecordSet) -> tuple[OptimizerChunk, ...]:
-    numel = unit.layout.trainable_numel
-    return unit.format.optimizer_chunks(numel)[:1] if numel else ()
 
 
 def _device_reserve(records: Mapping[str, RecordSet]) -> int:

@@ -123,7 +123,7 @@ def test_parked_gradients_that_do_not_fit_are_refused_with_their_bytes_and_the_k
 def test_parked_gradients_that_do_not_fit_go_to_disk_where_there_is_one() -> None:
     memory = plan(1024 * MIB, 1024 * MIB, parks=True)
     smallest = memory.host_nbytes
-    for host in range(memory.host_nbytes, 0, -2 * MIB):
+    for host in range(memory.host_nbytes, 0, -8 * MIB):
         try:
             found = plan(host, 1024 * MIB, parks=True, parks_on_disk=True)
         except CapacityError as error:
@@ -153,13 +153,15 @@ def test_what_a_refusal_asks_for_is_enough_with_gradients_on_disk() -> None:
         plan(int(asked[1]) - 4096, 1024 * MIB, parks=True, parks_on_disk=True)
 
 
-def test_saved_inputs_keep_a_share_where_gradients_fill_the_budget() -> None:
+def test_saved_inputs_keep_a_share_where_gradients_fill_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = {f"block.{index}": MIB for index in range(24)}
+    monkeypatch.setitem(globals(), "NUMELS", {"embed": MIB, **blocks})
     settings: dict[str, Any] = {"parks": True, "parks_on_disk": True, "fill_activations": True}
     with pytest.raises(CapacityError) as refusal:
         plan(MIB, 1024 * MIB, **settings)
     asked = re.search(r"host_memory to at least (\d+) bytes", str(refusal.value))
     assert asked
-    host = int(asked[1]) + 16 * MIB
+    host = int(asked[1]) + 40 * MIB
     found = plan(host, 1024 * MIB, **settings)
     assert found.parked_on_disk
     assert found.activations_nbytes >= host // 8 > MIB

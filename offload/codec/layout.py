@@ -13,6 +13,7 @@ docs/format.md has these layouts with an example. Pure, callable from any thread
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import get_args
@@ -146,13 +147,7 @@ class RecordFormat:
 
     def optimizer_chunks(self, numel: int) -> tuple[OptimizerChunk, ...]:
         """Return the chunks of an optimizer record of `numel` elements, in the record's order."""
-        chunks: list[OptimizerChunk] = []
-        offset_bytes = 0
-        for start in range(0, numel, self.chunk_numel):
-            chunk = self._chunk(start, min(start + self.chunk_numel, numel), offset_bytes)
-            chunks.append(chunk)
-            offset_bytes += chunk.nbytes
-        return tuple(chunks)
+        return _chunks(self, numel)
 
     def _chunk(self, start: int, stop: int, offset_bytes: int) -> OptimizerChunk:
         numel = stop - start
@@ -183,3 +178,16 @@ class RecordFormat:
             exp_avg_sq=exp_avg_sq,
             exp_avg_sq_scales=exp_avg_sq_scales,
         )
+
+
+# Updates ask for every chunk of a unit; a unit of 10^9 elements has 500, and the last few units are asked for
+# again and again.
+@functools.lru_cache(maxsize=8)
+def _chunks(record_format: RecordFormat, numel: int) -> tuple[OptimizerChunk, ...]:
+    chunks: list[OptimizerChunk] = []
+    offset_bytes = 0
+    for start in range(0, numel, record_format.chunk_numel):
+        stop = min(start + record_format.chunk_numel, numel)
+        chunks.append(record_format._chunk(start, stop, offset_bytes))
+        offset_bytes += chunks[-1].nbytes
+    return tuple(chunks)
