@@ -87,6 +87,10 @@ class SimDisk:
         with self.lock:
             self._plan.add(*faults)
 
+    def watch(self, on_operation: Callable[[int], None]) -> None:
+        """Call `on_operation` from now on; see the class."""
+        self._on_operation = on_operation
+
     def unstick(self) -> None:
         """Drop the `stuck` faults, and let complete what hangs by one."""
         with self.lock:
