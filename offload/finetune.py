@@ -101,6 +101,8 @@ def finetune(config: FinetuneConfig, *, echo: Callable[[str], None] | None = Non
         progress = Progress(num_steps=job.num_steps, logging_steps=config.logging_steps, echo=echo)
         tracer = Tracer(enabled=config.trace is not None)
         runtime, pointer = _start(job, output, progress, tracer, stack)
+        if parked := runtime.plan.describe_parked():
+            progress.line(parked)
         if config.trace is not None:
             stack.callback(_write_trace, tracer, config.trace, progress)
         exit_code = _train(job, runtime, output, progress)

@@ -55,6 +55,7 @@ class RuntimeOptions:
         rows: rows of a micro-batch inside a unit; None runs a step's batch at once.
         max_grad_norm: clip gradients by their exact global norm, as torch's `clip_grad_norm_` does. None
             does not clip, and needs no room for parked gradients. Infinity only measures the norm.
+            Gradients are parked in host memory as far as `host_memory` goes, the others on disk.
         park_gradients: keep a step's gradients until `step()`, as `max_grad_norm` does: for several
             backwards before a step, and for `Runtime.clip_grad_norm_`. They are summed in fp32.
         gradient_dtype: of parked gradients. None is the dtype they are summed in: 4 bytes per trainable
@@ -78,7 +79,7 @@ class RuntimeOptions:
             be a whole number of them; None takes what is nearest to 4 MiB.
         chunk_numel: elements of an optimizer chunk, the unit of an update's pipeline.
         activations_nbytes: host bytes for saved unit inputs; None takes what the slots leave of the
-            budget, at least 16 MiB.
+            budget, at least 16 MiB, and an eighth of it where gradients are parked on disk.
     """
 
     disk: Sequence[Path | str] = ()

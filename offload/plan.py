@@ -99,6 +99,16 @@ class MemoryPlan:
         """Bytes of the device arena; the reserve is not part of it."""
         return _total((*self.device_weights, *self.device_gradients))
 
+    def describe_parked(self) -> str:
+        """Return a line on where parked gradients wait, empty when none are."""
+        if not self.parked_nbytes and not self.parked_on_disk:
+            return ""
+        memory = f"gradients of a step: {format_bytes(self.parked_nbytes)} parked in host memory"
+        if not self.parked_on_disk:
+            return memory
+        disk = format_bytes(self.parked_disk_nbytes)
+        return f"{memory}, {disk} on disk, written and read once a step"
+
 
 def plan_memory(
     schedule: Schedule,

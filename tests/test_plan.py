@@ -248,3 +248,17 @@ def _try(host: int) -> MemoryPlan | None:
         return plan(host, 1024 * MIB)
     except CapacityError:
         return None
+
+
+def test_a_plan_says_where_parked_gradients_wait() -> None:
+    assert plan(1024 * MIB, 1024 * MIB).describe_parked() == ""
+    memory = plan(1024 * MIB, 1024 * MIB, parks=True)
+    assert memory.describe_parked() == "gradients of a step: 28.0 MiB parked in host memory"
+    with pytest.raises(CapacityError) as refusal:
+        plan(MIB, 1024 * MIB, parks=True, parks_on_disk=True)
+    asked = re.search(r"host_memory to at least (\d+) bytes", str(refusal.value))
+    assert asked
+    disk = plan(int(asked[1]), 1024 * MIB, parks=True, parks_on_disk=True)
+    assert disk.describe_parked().endswith(
+        "0 B parked in host memory, 28.0 MiB on disk, written and read once a step"
+    )
