@@ -57,6 +57,7 @@ MODES: dict[str, dict[str, Any]] = {
     "parked, device": {"park_gradients": True, "home": "device"},
     "parked, host": {"park_gradients": True, "home": "host"},
     "rolled back, disk": {"disk": True},
+    "rolled back, disk, 8-bit moments": {"disk": True, "moments": "8bit"},
     "rolled back, host": {"disk": True, "home": "host"},
     "rolled back, device": {"disk": True, "home": "device"},
 }
