@@ -53,7 +53,7 @@ struct AdamWCoefficients {
 struct AdamWArrays {
   const void* gradient;
   ElementType gradient_type;
-  // fp32 master weights; or, with a residual, the bf16 high halves of the masters. See codec.py for
+  // fp32 master weights; or, with a residual, the bf16 high halves of the masters. See offload/codec for
   // the split: master bits = (high << 16) + sign_extended(residual).
   void* weights;
   std::int16_t* residual;  // Null: the weights are fp32.
