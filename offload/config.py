@@ -15,7 +15,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -26,6 +26,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    model_validator,
 )
 
 from .aio.engine import EngineName
@@ -165,12 +166,21 @@ class FinetuneConfig(BaseModel):
         None,
         description="Clip to this global norm; keeps a step's gradients in host memory. 0: do not.",
     )
-    on_non_finite: Literal["skip", "stop"] = Field(
-        "stop", description="What to do when a loss or gradient is not finite: skip the batch, or stop."
+    on_non_finite: Literal["skip", "rollback", "stop"] = Field(
+        "stop",
+        description="When a loss or gradient is not finite: skip the batch; skip, then go back to the "
+        "snapshot; or stop.",
     )
     max_non_finite_steps: Positive = Field(
-        3, description="Batches skipped in a row before the run stops after all."
+        3, description="Batches skipped in a row before the run goes back, or stops after all."
     )
+    on_loss_spike: Literal["warn", "rollback"] = Field(
+        "warn", description="When a loss jumps out of the range of those before: warn, or go back as well."
+    )
+    snapshot_steps: Positive | None = Field(
+        None, description="Steps between snapshots to go back to; the newest is kept, on the same drives."
+    )
+    max_rollbacks: Positive = Field(3, description="Times a run goes back before it stops after all.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="Seed of data order and dropout.")
 
     device: Literal["cpu", "cuda"] | None = Field(
@@ -196,6 +206,13 @@ class FinetuneConfig(BaseModel):
     logging_steps: Positive = Field(10, description="Steps between report lines.")
     eval_steps: Positive | None = Field(None, description="Steps between evaluations; else before and after.")
     trace: UserPath | None = Field(None, description="Write a Chrome trace of the run to this file.")
+
+    @model_validator(mode="after")
+    def _check_rollbacks(self) -> Self:
+        for key in ("on_non_finite", "on_loss_spike"):
+            if getattr(self, key) == "rollback" and self.snapshot_steps is None:
+                raise ValueError(f"{key}: rollback goes back to a snapshot: set snapshot_steps, such as 100")
+        return self
 
     @property
     def rows_per_step(self) -> int:

@@ -13,7 +13,6 @@ Thread rule: the main thread, because of signals; elsewhere it works without the
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from .compose import attach
 from .config import FinetuneConfig
 from .data import Batches, Rows, find_files, pack_rows, read_texts, split_rows
 from .errors import ConfigError, OffloadError
+from .guard import StepGuard
 from .hf import PretrainedSource, load_tokenizer, open_pretrained
 from .optim import AdamWOptions
 from .options import RuntimeOptions
@@ -41,7 +41,6 @@ from .progress import Progress, StepReport, format_amount
 from .runtime import Runtime
 from .signals import StopRequest
 from .sizes import format_bytes, format_time
-from .spikes import LossSpikes
 from .trace import Tracer
 
 __all__ = ["FinetuneResult", "finetune", "learning_rates"]
@@ -252,6 +251,7 @@ def _options(job: _Job, pointer: RunPointer, *, resume: bool) -> RuntimeOptions:
         max_grad_norm=config.max_grad_norm,
         on_non_finite=config.on_non_finite,
         max_non_finite_steps=config.max_non_finite_steps,
+        max_rollbacks=config.max_rollbacks,
         run_id=pointer.run_id,
         resume=resume,
         io_engine=config.io_engine,
@@ -298,9 +298,8 @@ def _take_steps(
     job: _Job, runtime: Runtime, output: OutputDirectory, progress: Progress, stop: StopRequest
 ) -> None:
     every = job.config.eval_steps
-    spikes = LossSpikes(record["loss"] for record in _records(output) if "loss" in record)
-    # Runs from before batches could be skipped have seen one a step.
-    num_batches = int(runtime.state.get("batches", runtime.global_step))
+    guard = StepGuard(job.config, runtime, output, progress)
+    guard.keep()
     before = runtime.stats()
     began_s = monotonic()
     while runtime.global_step < job.num_steps:
@@ -308,14 +307,9 @@ def _take_steps(
         rate = job.learning_rate(step)
         for group in runtime.optimizer.param_groups:
             group["lr"] = rate
-        batch = job.batches.batch(num_batches).to(job.device)
-        num_batches += 1
+        batch = job.batches.batch(guard.next_batch()).to(job.device)
         value, problem = _backward(job, runtime, batch)
-        if problem:
-            output.append_metrics({"step": step + 1, "batch": num_batches, "not_finite": problem})
-            progress.line(f"step {step + 1}, batch {num_batches}: {problem}")
-            runtime.give_up_step(problem)
-            progress.line(f"skipped batch {num_batches}; nothing of it was applied")
+        if not guard.accepts(value, problem):
             if stop.requested:
                 return
             continue
@@ -329,18 +323,15 @@ def _take_steps(
             seconds=now_s - began_s,
             read_nbytes=after.disk_read_nbytes - before.disk_read_nbytes,
             written_nbytes=after.disk_written_nbytes - before.disk_written_nbytes,
+            grad_norm=runtime.grad_norm,
         )
         before, began_s = after, now_s
-        spike = spikes.check(value)
         # Before the commit: a step that is committed then always has its record.
-        output.append_metrics({**_record(job, report), "grad_norm": runtime.grad_norm})
-        runtime.step({"step": step + 1, "batches": num_batches})
+        output.append_metrics(_record(job, report))
+        runtime.step(guard.state)
         progress.step(report)
-        if spike is not None:
-            progress.line(
-                f"warning: the loss of step {step + 1} jumped to {value:.4f}; the median of the last"
-                f" {spike.num_losses} is {spike.median:.4f}"
-            )
+        if step + 1 < job.num_steps and guard.keep():
+            before, began_s = runtime.stats(), monotonic()
         if stop.requested:
             return
         if step + 1 == job.num_steps or (every is not None and (step + 1) % every == 0):
@@ -359,12 +350,6 @@ def _backward(job: _Job, runtime: Runtime, batch: torch.Tensor) -> tuple[float, 
     return value, ""
 
 
-def _records(output: OutputDirectory) -> list[dict[str, Any]]:
-    if not output.metrics.exists():
-        return []
-    return [json.loads(line) for line in output.metrics.read_text(encoding="utf-8").splitlines()]
-
-
 def _record(job: _Job, report: StepReport) -> dict[str, Any]:
     return {
         "step": report.step,
@@ -375,6 +360,7 @@ def _record(job: _Job, report: StepReport) -> dict[str, Any]:
         "seconds": report.seconds,
         "disk_read_nbytes": report.read_nbytes,
         "disk_written_nbytes": report.written_nbytes,
+        "grad_norm": report.grad_norm,
     }
 
 
@@ -396,7 +382,7 @@ def _evaluate(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Pr
 
 
 def _report(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Progress) -> None:
-    steps = [record for record in _records(output) if "loss" in record]
+    steps = [record for record in output.read_metrics() if "loss" in record]
     if steps:
         seconds = sum(record["seconds"] for record in steps)
         rate = sum(record["num_tokens"] for record in steps) / max(seconds, 1e-9)

@@ -154,6 +154,12 @@ class OutputDirectory:
         except OSError as error:
             _fail(error, self.metrics)
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the records so far."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
     def cut_metrics(self, step: int) -> None:
         """Drop the records after `step`, which a resumed run will write again, and any torn line."""
         try:

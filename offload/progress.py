@@ -42,6 +42,7 @@ class StepReport:
         seconds: since the step before ended.
         read_nbytes: bytes read from drives since then.
         written_nbytes: bytes written to drives since then.
+        grad_norm: 2-norm of all gradients, before clipping; None where it was not measured.
     """
 
     step: int
@@ -51,6 +52,7 @@ class StepReport:
     seconds: float
     read_nbytes: int
     written_nbytes: int
+    grad_norm: float | None = None
 
 
 class Progress:
@@ -117,7 +119,7 @@ class Progress:
                 bar.close()
         seconds = monotonic() - began_s
         rate = format_rate(seen.done_nbytes / max(seconds, 1e-9))
-        self._echo(f"{title}: {format_amount(seen.done_nbytes)} in {format_time(seconds)}, {rate}")
+        self.line(f"{title}: {format_amount(seen.done_nbytes)} in {format_time(seconds)}, {rate}")
 
     @contextmanager
     def training(self, first_step: int) -> Iterator[None]:
@@ -144,17 +146,20 @@ class Progress:
         tokens_per_s = self._smooth("tokens", report.num_tokens / seconds)
         read = self._smooth("read", report.read_nbytes / seconds)
         written = self._smooth("written", report.written_nbytes / seconds)
+        norm = report.grad_norm
         if self._bar is not None:
+            shown = "" if norm is None else f"norm {norm:.3g}, "
             self._bar.set_postfix_str(
-                f"loss {report.loss:.4f}, lr {report.learning_rate:.2e}, {tokens_per_s:,.0f} tok/s, "
+                f"loss {report.loss:.4f}, {shown}lr {report.learning_rate:.2e}, {tokens_per_s:,.0f} tok/s, "
                 f"read {read / 1e9:.2f} write {written / 1e9:.2f} GB/s",
                 refresh=False,
             )
             self._bar.update(1)
         elif report.step % self._logging_steps == 0 or report.step == self._num_steps:
             left_s = (self._num_steps - report.step) * self._smooth("seconds", seconds)
+            shown = "" if norm is None else f"grad norm {norm:.4g}  "
             self._echo(
-                f"step {report.step}/{self._num_steps}  loss {report.loss:.4f}  "
+                f"step {report.step}/{self._num_steps}  loss {report.loss:.4f}  {shown}"
                 f"lr {report.learning_rate:.2e}  "
                 f"{tokens_per_s:,.0f} tokens/s  read {format_rate(read)}  write {format_rate(written)}  "
                 f"{format_time(left_s)} left"

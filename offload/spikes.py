@@ -3,7 +3,7 @@
 Owns the last losses. The middle of the range is their median, and its width their median absolute
 deviation (MAD): unlike mean and deviation, neither moves much when a spike is among them.
 
-It decides nothing: who asks warns, and the run goes on. Thread rule: one thread.
+It decides nothing; who asks does. Thread rule: one thread.
 """
 
 from __future__ import annotations

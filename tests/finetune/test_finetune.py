@@ -213,10 +213,10 @@ def test_bad_input_is_one_message_and_leaves_nothing(
 
 
 def test_a_full_disk_leaves_nothing(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(directories, *_: object) -> None:
+    def full(directories, *_: object, **__: object) -> None:
         raise DiskFullError(f"{directories[0]} has 1 KiB free", errno=28, path=directories[0])
 
-    monkeypatch.setattr(drives, "_check_room", full)
+    monkeypatch.setattr(drives, "check_room", full)
     before = everything(tmp_path)
     with pytest.raises(DiskFullError, match="1 KiB free"):
         finetune(make_config(), echo=lambda _: None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from offload import progress
@@ -34,6 +36,16 @@ def test_a_line_every_logging_steps_and_at_the_end() -> None:
     assert lines[0] == (
         "step 2/5  loss 2.5000  lr 1.00e-04  1,000 tokens/s  read 2.00 GB/s  write 1.00 GB/s  1.5 s left"
     )
+
+
+def test_the_norm_of_the_gradients_is_shown_where_it_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    make(False, lines).step(replace(report(2), grad_norm=0.123456))
+    assert lines[0].startswith("step 2/5  loss 2.5000  grad norm 0.1235  lr 1.00e-04  ")
+    shown = make(True, lines)
+    with shown.training(2):
+        shown.step(replace(report(3), grad_norm=0.123456))
+    assert "loss 2.5000, norm 0.123, lr 1.00e-04, " in capsys.readouterr().err
 
 
 def test_a_terminal_gets_a_bar_and_no_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,7 @@ LAYERS = (
     "signals",
     "progress",
     "spikes",
+    "guard",
     "finetune",
     "generate",
     "report",
