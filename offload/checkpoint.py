@@ -21,13 +21,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from .errors import ConfigError, DiskFullError, StateError, StorageError
+from .errors import DiskFullError, StateError, StorageError
+from .export_folder import MARKER_NAME, check_export_target, mark, sync_path, work_folder, write_json
 from .shards import Shard, header_bytes, plan_shards
 from .sizes import format_bytes
 
@@ -41,7 +43,6 @@ __all__ = [
     "write_json",
 ]
 
-MARKER_NAME = "offload_export.json"
 INDEX_NAME = "model.safetensors.index.json"
 
 # 4 Mi elements: 16 MiB of fp32, large enough that a write costs its bandwidth and not its call.
@@ -121,60 +122,38 @@ def export(
     layout |= {name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}
     shards = plan_shards(layout, options.max_shard_nbytes)
 
-    work = target.with_name(f".{target.name}.offload-tmp")
+    needed_nbytes = sum(shard.data_nbytes for shard in shards)
+    made: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_export(work)
-        _require_space(target.parent, sum(shard.data_nbytes for shard in shards))
-        work.mkdir()
-        files = [shard.file_name for shard in shards] + [asset.name for asset in assets]
-        files += ["config.json"] * (config is not None) + [INDEX_NAME] * (len(shards) > 1)
-        write_json(work / MARKER_NAME, {"format": "offload-export", "version": 1, "files": sorted(files)})
-        for asset in assets:
-            shutil.copyfile(asset, work / asset.name)
-        if config is not None:
-            config = {key: value for key, value in config.items() if key != "torch_dtype"}
-            write_json(work / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
-        _write_shards(work, shards, _one_by_one(units, buffers), on_written)
-        if len(shards) > 1:
-            weight_map = {slot.name: shard.file_name for shard in shards for slot in shard.slots}
-            total = {"total_size": sum(shard.data_nbytes for shard in shards)}
-            write_json(work / INDEX_NAME, {"metadata": total, "weight_map": weight_map})
-        for name in files:
-            _sync_path(work / name)
-        _sync_path(work)
-        _put_in_place(work, target)
-    except OSError as error:
-        _remove_export(work)
-        if isinstance(error, StorageError):
-            raise
-        _raise_storage_error(error, target)
-    except BaseException:
-        _remove_export(work)
+        _make_parents(target.parent, made)
+        with work_folder(target) as work:
+            # Behind the removal of what an interrupted export left, which may be as much.
+            _require_space(target.parent, needed_nbytes)
+            files = [shard.file_name for shard in shards] + [asset.name for asset in assets]
+            files += ["config.json"] * (config is not None) + [INDEX_NAME] * (len(shards) > 1)
+            mark(work, files)
+            for asset in assets:
+                shutil.copyfile(asset, work / asset.name)
+            if config is not None:
+                config = {key: value for key, value in config.items() if key != "torch_dtype"}
+                write_json(work / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+            _write_shards(work, shards, _one_by_one(units, buffers), on_written)
+            if len(shards) > 1:
+                weight_map = {slot.name: shard.file_name for shard in shards for slot in shard.slots}
+                index = {"metadata": {"total_size": needed_nbytes}, "weight_map": weight_map}
+                write_json(work / INDEX_NAME, index)
+            for name in files:
+                sync_path(work / name)
+            sync_path(work)
+    except BaseException as error:
+        for directory in reversed(made):
+            # Something else may have been put there meanwhile; then it stays.
+            with suppress(OSError):
+                directory.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
+            _raise_storage_error(error, target, needed_nbytes)
         raise
     return target
-
-
-def check_export_target(directory: str | os.PathLike[str]) -> None:
-    """Raise `ConfigError` unless an export may be put at `directory`, and change nothing.
-
-    It may when the path is absent, an empty directory, or holds exactly what an earlier export of
-    ours wrote.
-    """
-    target = Path(directory)
-    if not target.exists() and not target.is_symlink():
-        return
-    if target.is_symlink() or not target.is_dir():
-        raise ConfigError(f"cannot export to {target}: it is not a directory; name another one")
-    present = {entry.name for entry in target.iterdir()}
-    ours = _marked_files(target)
-    if not present or (ours is not None and present <= ours):
-        return
-    foreign = ", ".join(sorted(present - (ours or set()))[:3])
-    raise ConfigError(
-        f"cannot export to {target}: it holds files that an export of ours did not write ({foreign}); "
-        "nothing was changed; name another directory or move these files away"
-    )
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -188,18 +167,6 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             seen.add(id(buffer))
             buffers[f"{prefix}.{name}" if prefix else name] = buffer
     return buffers
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON to `path` and sync the file; the name appears only when it is whole."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, sort_keys=True, ensure_ascii=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _sync_path(path.parent)
 
 
 def _find_assets(
@@ -299,8 +266,9 @@ def _require_space(parent: Path, nbytes: int) -> None:
     free_nbytes = shutil.disk_usage(parent).free
     if nbytes > free_nbytes:
         raise DiskFullError(
-            f"no room to export to {parent}: {format_bytes(nbytes)} needed, {format_bytes(free_nbytes)} "
-            "free; nothing was written; free space or export to another directory",
+            f"no room to export to {parent}: {format_bytes(nbytes)} needed ({nbytes:,} bytes),"
+            f" {format_bytes(free_nbytes)} free ({free_nbytes:,} bytes); nothing was written; free space or"
+            " export to another directory",
             errno=errno.ENOSPC,
             path=str(parent),
             asked_nbytes=nbytes,
@@ -308,61 +276,35 @@ def _require_space(parent: Path, nbytes: int) -> None:
         )
 
 
-def _marked_files(directory: Path) -> set[str] | None:
-    """Return the names an export of ours put into `directory`, or None when it has no marker."""
-    try:
-        marker = json.loads((directory / MARKER_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(marker, dict) or marker.get("format") != "offload-export":
-        return None
-    return {MARKER_NAME, *map(str, marker.get("files", ()))}
+def _make_parents(directory: Path, made: list[Path]) -> None:
+    """Make what is missing of a path, noting in `made` what to take back when the export fails."""
+    for path in reversed([path for path in (directory, *directory.parents) if not path.exists()]):
+        path.mkdir()
+        made.append(path)
+    if not directory.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
 
 
-def _remove_export(directory: Path) -> None:
-    """Remove an export of ours, finished or not, file by file; anything else stays."""
-    files = _marked_files(directory)
-    if files is None:
-        # An export that was killed before its marker was whole left at most the marker's part.
-        unmarked = f".{MARKER_NAME}.part"
-        if directory.is_dir() and {entry.name for entry in directory.iterdir()} <= {unmarked}:
-            (directory / unmarked).unlink(missing_ok=True)
-            directory.rmdir()
-        return
-    for name in sorted(files - {MARKER_NAME}):
-        if name == os.path.basename(name):
-            (directory / name).unlink(missing_ok=True)
-            (directory / f".{name}.part").unlink(missing_ok=True)
-    # The marker goes last, so that an interrupted removal can be told from a foreign directory.
-    (directory / MARKER_NAME).unlink()
-    directory.rmdir()
-
-
-def _put_in_place(work: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.offload-old")
-    _remove_export(old)
-    if target.exists():
-        check_export_target(target)
-        os.rename(target, old)
-    os.rename(work, target)
-    _sync_path(target.parent)
-    _remove_export(old)
-
-
-def _sync_path(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _raise_storage_error(error: OSError, target: Path) -> NoReturn:
+def _raise_storage_error(error: OSError, target: Path, needed_nbytes: int) -> NoReturn:
     path = str(error.filename or target)
     text = f"export to {target} failed: {error.strerror or error}"
     text += f" ({path})" if path != str(target) else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = f"{text}; nothing was left there; free space, then run the same command again"
-        raise DiskFullError(message, errno=error.errno, path=path) from error
+        free_nbytes = _free_nbytes(target)
+        raise DiskFullError(
+            f"{text}; {format_bytes(needed_nbytes)} needed ({needed_nbytes:,} bytes),"
+            f" {format_bytes(free_nbytes)} free ({free_nbytes:,} bytes); nothing was left there; free space,"
+            " then run the same command again",
+            errno=error.errno,
+            path=path,
+            asked_nbytes=needed_nbytes,
+            got_nbytes=free_nbytes,
+        ) from error
     message = f"{text}; nothing was left there; check that the directory can be written"
     raise StorageError(message, errno=error.errno or 0, path=path) from error
+
+
+def _free_nbytes(target: Path) -> int:
+    """Return what is free where `target` would lie, which is not there itself."""
+    there = next(path for path in (target, *target.parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -21,7 +21,11 @@ import typer
 
 from ..errors import OffloadError
 from .bench import bench_command
+from .clean import clean_command
+from .export import export_command
 from .finetune import finetune_command
+from .runs import runs_command
+from .verify import verify_command
 
 __all__ = ["main"]
 
@@ -57,6 +61,10 @@ def _make_app() -> typer.Typer:
     either = {"token_normalize_func": lambda name: name.replace("-", "_")}
     app.command("finetune", context_settings=either)(finetune_command())
     app.command("bench", context_settings=either)(bench_command())
+    app.command("runs", context_settings=either)(runs_command())
+    app.command("verify", context_settings=either)(verify_command())
+    app.command("export", context_settings=either)(export_command())
+    app.command("clean", context_settings=either)(clean_command())
     return app
 
 

@@ -3,7 +3,7 @@
 from .fallback import FallBack, fall_back
 from .format import RecordSpec
 from .reading import Generation, RunReader
-from .runs import FoundRun, RunInfo, RunState, find_runs, list_runs, remove_run
+from .runs import FoundRun, RunInfo, RunState, check_removable, find_runs, list_runs, remove_run
 from .snapshot_files import SnapshotInfo, list_snapshots
 from .store import Store
 from .ticket import Ticket
@@ -23,6 +23,7 @@ __all__ = [
     "Store",
     "Ticket",
     "VerifyReport",
+    "check_removable",
     "fall_back",
     "find_runs",
     "list_runs",

@@ -21,6 +21,7 @@ from ..errors import CorruptionError, StateError
 from . import manifests
 from .drives import Drive, close_drives, open_drives
 from .records import RecordEntry, RecordSpec, stripes_of
+from .snapshots import Snapshots
 from .span import Span
 from .submit import submit, submitting
 from .table import Record
@@ -76,6 +77,11 @@ class Generation:
     def written(self) -> list[RecordSpec]:
         """The records that can be read, in table order."""
         return [entry.spec for entry in self.recovered.manifest.records if entry.generation]
+
+    def snapshots(self) -> Snapshots:
+        """Return the snapshots of the generation's run; they have the same table of records."""
+        run_id = self.recovered.manifest.run_id
+        return Snapshots(self._drives, self._records, engine=self._engine, run_id=run_id)
 
     def entry(self, name: str) -> RecordEntry:
         """Return what the manifest says about a record."""
@@ -173,6 +179,10 @@ class RunReader:
     def paths(self) -> tuple[str, ...]:
         """The run's folders, one a drive."""
         return tuple(drive.folder.path for drive in self._drives)
+
+    def snapshots(self) -> Snapshots:
+        """Return the run's snapshots, to be listed and opened while the reader is open."""
+        return self.newest.snapshots()
 
     def close(self) -> None:
         """Release the run. Closing twice is harmless."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from ..errors import StorageError
+from ..errors import LockedError, StorageError
 from .manifests import find_newest
 from .rundir import RunDirectory, run_folder_name, runs_in
 
-__all__ = ["FoundRun", "RunInfo", "RunState", "find_runs", "list_runs", "remove_run"]
+__all__ = ["FoundRun", "RunInfo", "RunState", "check_removable", "find_runs", "list_runs", "remove_run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,17 @@ def find_runs(directories: Sequence[str | os.PathLike[str]]) -> tuple[FoundRun, 
     return tuple(sorted(runs, key=lambda run: (-(run.newest.committed_s or 0), run.run_id)))
 
 
+def check_removable(directories: Sequence[str | os.PathLike[str]], run_id: str) -> None:
+    """Raise what `remove_run` would, and change nothing."""
+    with ExitStack() as stack:
+        for folder in _open_removable(stack, directories, run_id):
+            holder = folder.find_holder()
+            if holder is not None:
+                raise LockedError(
+                    f"{folder.path} is being used by process {holder or 'unknown'}", path=folder.path
+                )
+
+
 def remove_run(directories: Sequence[str | os.PathLike[str]], run_id: str) -> None:
     """Remove a run's folders from `directories`, each only after proof that it is ours.
 
@@ -147,18 +158,25 @@ def remove_run(directories: Sequence[str | os.PathLike[str]], run_id: str) -> No
             nothing was removed.
     """
     with ExitStack() as stack:
-        folders = []
-        for directory in directories:
-            folders.append(RunDirectory.open(os.path.abspath(directory), UUID(run_id)))
-            stack.callback(folders[-1].close)
-            # A process that ended while it made or removed the run left no proof, and nothing to lose.
-            if not folders[-1].is_blank():
-                folders[-1].read_owner()
-            folders[-1].check_removable()
+        folders = _open_removable(stack, directories, run_id)
         for folder in folders:
             folder.acquire()
         for folder in folders:
             folder.remove()
+
+
+def _open_removable(
+    stack: ExitStack, directories: Sequence[str | os.PathLike[str]], run_id: str
+) -> list[RunDirectory]:
+    folders = []
+    for directory in directories:
+        folders.append(RunDirectory.open(os.path.abspath(directory), UUID(run_id)))
+        stack.callback(folders[-1].close)
+        # A process that ended while it made or removed the run left no proof, and nothing to lose.
+        if not folders[-1].is_blank():
+            folders[-1].read_owner()
+        folders[-1].check_removable()
+    return folders
 
 
 def _look(directory: str, run_id: UUID) -> RunInfo:

@@ -86,31 +86,35 @@ class RunReport:
         older: of the one before, which is checked only when the newest is damaged and which is None
             otherwise, and when there is none.
         problems: damaged manifests, one line each.
+        snapshots: name, what its verification found, and what kept it from being verified; one of the
+            last two is None.
     """
 
     newest: VerifyReport
     older: VerifyReport | None
     problems: tuple[str, ...]
+    snapshots: tuple[tuple[str, VerifyReport | None, str | None], ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether every byte that was read is what was written, manifests included."""
-        return self.newest.ok and not self.problems
+        """Whether every byte that was read is what was written, manifests and snapshots included."""
+        sound = all(checked is not None and checked.ok for _, checked, _ in self.snapshots)
+        return self.newest.ok and not self.problems and sound
 
 
 def verify_reader(reader: RunReader, progress: Progress | None = None) -> RunReport:
-    """Check every byte of a run's newest generation, and when that is damaged, of the one before.
+    """Check every byte of a run's newest generation and snapshots, and of the one before a damaged one.
 
     Args:
         reader: the open run.
         progress: called with bytes checked so far and in all, after each read; from 0 again for the
-            older generation.
+            older generation and each snapshot.
     """
     newest = verify_run(reader.newest.read, reader.newest.written, reader.newest.chunk_nbytes, progress)
     older = None
     if not newest.ok and reader.older is not None and reader.older.number:
         older = _verify_older(reader.newest, newest, reader.older, progress)
-    return RunReport(newest, older, reader.notes)
+    return RunReport(newest, older, reader.notes, tuple(_verify_snapshots(reader, progress)))
 
 
 def verify_run(
@@ -160,6 +164,22 @@ def _verify_older(
     found = verify_run(older.read, others, older.chunk_nbytes, progress)
     shared = tuple(chunk for chunk in report.damaged if chunk.record in same)
     return VerifyReport(found.nbytes, found.num_chunks, (*shared, *found.damaged))
+
+
+def _verify_snapshots(
+    reader: RunReader, progress: Progress | None
+) -> Iterator[tuple[str, VerifyReport | None, str | None]]:
+    snapshots = reader.snapshots()
+    for info in snapshots.list():
+        if info.problem is not None:
+            yield info.name, None, info.problem
+            continue
+        try:
+            with snapshots.open(info.name) as snapshot:
+                specs, chunk_nbytes = snapshot.specs, reader.newest.chunk_nbytes
+                yield info.name, verify_run(snapshot.read, specs, chunk_nbytes, progress), None
+        except StorageError as error:
+            yield info.name, None, str(error)
 
 
 def _name_damages(

@@ -53,6 +53,7 @@ LAYERS = (
     "options",
     "io_setting",
     "shards",
+    "export_folder",
     "checkpoint",  # runtime exports through it
     "run_export",
     "identity",
