@@ -92,6 +92,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device-memory", default="1GiB", metavar="SIZE", help="[%(default)s]")
     parser.add_argument("--kills", type=int, default=20, help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=24, help="of the whole run [%(default)s]")
+    parser.add_argument("--moments", choices=("float32", "8bit"), default="float32", help="[%(default)s]")
     parser.add_argument("--rows", type=int, default=2, help="sequences in a step [%(default)s]")
     parser.add_argument("--length", type=int, default=64, help="tokens in a sequence [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [%(default)s]")
@@ -120,6 +121,7 @@ def _train(args: argparse.Namespace, disk: str) -> int:
         resume=run_id is not None,
         host_memory=args.host_memory,
         device_memory=args.device_memory,
+        moments=args.moments,
     )
     with runtime:
         print(json.dumps({"event": "attached", "step": runtime.global_step}), flush=True)
