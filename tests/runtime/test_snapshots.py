@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,12 @@ def test_a_damaged_snapshot_leaves_the_last_commit(tmp_path: Path) -> None:
     with attach(model, tmp_path, run_id=run_id, resume=True, home="host") as runtime:
         assert runtime.global_step == 4
         assert record_bytes(runtime) == expected
+
+
+def test_the_documented_loop_runs(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    (source,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(compile(source.replace('"/mnt/nvme0"', repr(str(tmp_path))), "docs/training.md", "exec"), {})
 
 
 # -- going back -------------------------------------------------------------------------------

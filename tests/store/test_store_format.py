@@ -24,6 +24,7 @@ from offload.store.records import MAX_CHUNKS, first_manifest
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text()
 RUN_ID = "00010203-0405-4607-8809-0a0b0c0d0e0f"
 EXAMPLE = "\n".join(re.search(r"    (offload-manifest .*)\n    (\{.*\})\n", DOCUMENT).groups()).encode()
+SNAPSHOT = "\n".join(re.search(r"    (offload-snapshot .*)\n    (\{.*\})\n", DOCUMENT).groups()).encode()
 
 
 def fill(first: int, num_chunks: int) -> bytes:
@@ -52,6 +53,19 @@ def test_the_documented_example_is_what_a_run_writes(dirs, engine):
         data = (folders[int(drive)] / "data.bin").read_bytes()
         for offset, byte in re.findall(r"(\d+): (\w\w) ", places):
             assert data[int(offset) : int(offset) + 4096] == bytes([int(byte, 16)]) * 4096
+
+
+def test_the_documented_snapshot_is_what_a_run_writes(dirs, engine):
+    specs = [RecordSpec("layer.0/weights", 12288), RecordSpec("embed/frozen", 4096, mutable=False)]
+    with Store.create(dirs, specs, engine=engine, run_id=RUN_ID, chunk_nbytes=4096) as store:
+        for generation, first in [(1, 0x10), (2, 0x30)]:
+            store.write("layer.0/weights", fill(first, 3))
+            store.commit({"step": generation})
+        store.snapshot("a")
+    folders = [path / f"run-{RUN_ID}" for path in dirs]
+    assert [(folder / "snapshot-a").read_bytes() for folder in folders] == [SNAPSHOT, SNAPSHOT]
+    assert (folders[0] / "snapshot-a.bin").read_bytes() == bytes([0x30]) * 4096 + bytes([0x32]) * 4096
+    assert (folders[1] / "snapshot-a.bin").read_bytes() == bytes([0x31]) * 4096
 
 
 def test_the_documented_checksum_is_what_the_bytes_give():
