@@ -289,8 +289,9 @@ class Updater:
 
     def _fail(self, error: BaseException) -> None:
         self._error = error
-        self._settle()
+        # First: what is in flight on a drive that does not answer takes minutes to be given up.
         self._on_error(error)
+        self._settle()
 
     def _drop(self, item: Update | _Commit) -> None:
         if isinstance(item, _Commit):

@@ -10,6 +10,7 @@ it lets a request touch the same bytes.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,14 @@ from ..aio import crc32c
 from ..aio.engine import Request
 from ..errors import CorruptionError, OffloadError, RequestTimeoutError, StorageError
 
-__all__ = ["Check", "Part", "Piece", "Ticket"]
+__all__ = ["IO_TIMEOUT_S", "Check", "Part", "Piece", "Ticket"]
+
+# How long a transfer may take once somebody waits for it, when the waiter does not say. Linux gives an NVMe
+# command 30 s and a few retries, so a drive that takes longer is not answered for by anybody. What is waited
+# for goes before the rest, so this is for one record: 60 GB at 0.2 GB/s.
+IO_TIMEOUT_S = 300.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +92,29 @@ class Ticket:
     def wait(self, timeout_s: float | None = None) -> None:
         """Block until every byte has been transferred, and for a read until all of it is verified.
 
+        Args:
+            timeout_s: the longest to wait; `IO_TIMEOUT_S` when None.
+
         Raises:
             CorruptionError: a chunk that was read fails its checksum; names drive, file, offset, record,
                 chunk, the checksum expected and the one found.
             StorageError: a transfer failed; names drive, file and record as well.
             RequestTimeoutError: not done after `timeout_s`; it goes on and may be waited for again.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        if not self._begun.wait(timeout_s):
-            raise RequestTimeoutError(
-                f"the transfer of record {self.record} has not begun after {timeout_s} s"
-            )
+        limit_s = IO_TIMEOUT_S if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit_s
+        if not self._begun.wait(limit_s):
+            raise RequestTimeoutError(f"the transfer of record {self.record} has not begun after {limit_s} s")
         # To the end also after a failure: when this returns, the buffer is the caller's again.
         parts = self._parts
         for index in range(self._num_ended, len(parts)):
-            self._end(parts[index], deadline)
+            try:
+                self._end(parts[index], deadline)
+            except RequestTimeoutError as error:
+                if timeout_s is None:
+                    # At once: whoever hears of it may close the run first, which waits for the drive.
+                    _log.error("%s", error)
+                raise
             self._num_ended = max(self._num_ended, index + 1)
         self._settled = True
         self._note_the_end()

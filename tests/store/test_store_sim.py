@@ -15,9 +15,10 @@ from store_content import read_all
 from store_doubles import Journal, PowerLoss
 from store_generations import CHUNK, LAST, SPECS, check_recovered, expected, train, two_dirs
 
-from offload.aio.sim import Fault, FaultKind, SimCrash, SimDisk, SimEngine
-from offload.errors import CorruptionError, OffloadError, StorageError
+from offload.aio.sim import Fault, FaultKind, OperationKind, SimCrash, SimDisk, SimEngine
+from offload.errors import CorruptionError, OffloadError, RequestTimeoutError, StorageError
 from offload.store import Store
+from offload.store.ticket import IO_TIMEOUT_S
 
 GENERATIONS = 2
 GOES_ON_TO = 3  # after it was opened again
@@ -166,3 +167,21 @@ def test_a_bit_that_flips_at_any_data_operation_is_found(tmp_path: Path, journal
                 outcomes.add("found")
         journal.ops.clear()
     assert len(outcomes) == 2
+
+
+@pytest.mark.parametrize("op", ["read", "write"])
+def test_a_drive_that_does_not_answer_is_an_error_in_time(
+    tmp_path: Path, journal: Journal, caplog: pytest.LogCaptureFixture, op: OperationKind
+) -> None:
+    disk = SimDisk(faults=[Fault(0, "stuck", of=op, forever=True)])
+    with create(tmp_path, disk) as store:
+        if op == "read":
+            train(store, journal, 1)
+        ticket = (store.read if op == "read" else store.write)("w", bytearray(SPECS[0].nbytes))
+        with pytest.raises(RequestTimeoutError, match=f"{op} of record w, drive 0"):
+            ticket.wait()
+        assert IO_TIMEOUT_S <= disk.now_s < 2 * IO_TIMEOUT_S
+        assert f"{op} of record w, drive 0" in caplog.text
+        assert not ticket.done()
+        disk.heal()  # nobody could take the buffer back while it hangs: the store's close would wait
+        ticket.wait()
