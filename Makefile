@@ -31,6 +31,7 @@ soak: setup ## Run the slow tests: real kills, large models, long runs, and copi
 	$(BIN)/python -m pytest -m slow --timeout=3600 $(ARGS)
 	OFFLOAD_DEBUG=1 $(BIN)/python -m pytest tests/runtime tests/test_device.py tests/test_buffers.py
 	$(BIN)/python scripts/sanitize.py --operations 100000
+	$(BIN)/python scripts/seeded_bugs.py
 
 .PHONY: sanitize
 sanitize: setup ## Run the I/O engine's tests and a stress under ASan, UBSan and TSan (minutes)
