@@ -1,4 +1,4 @@
-"""`scripts/seeded_bugs.py`: every bug can be planted, and is noticed; `make soak` runs those left out here."""
+"""`scripts/seeded_bugs.py`: every bug can be planted and three are noticed; `make soak` runs all."""
 
 from __future__ import annotations
 
