@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from store_content import content, read_all, write_all
 from store_doubles import PlainEngine
 
+from offload.aio import open_engine
 from offload.errors import CorruptionError, DiskFullError, StateError, StorageError
 from offload.store import RecordSpec, Store, files, list_snapshots, remove_run
 
@@ -343,3 +346,37 @@ def test_a_second_drive_that_cannot_share_extents_is_copied_to(store, dirs, monk
     commit(store, 2)
     store.restore("a")
     assert read_all(store) == one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_a_file_system_that_shares_extents_takes_no_room_for_a_snapshot(tmp_path, kind):
+    """On a real one, in an image; only where the tools are and mounting is allowed."""
+    make = shutil.which(f"mkfs.{kind}")
+    if make is None or os.geteuid() != 0:
+        pytest.skip(f"needs mkfs.{kind} and the right to mount")
+    image, root = tmp_path / "image", tmp_path / "mounted"
+    with image.open("wb") as file:
+        file.truncate(400 << 20)  # The least that mkfs.xfs takes is 300 MiB.
+    root.mkdir()
+    subprocess.run([make, "-q", image], check=True)
+    if subprocess.run(["mount", "-o", "loop", image, root], check=False).returncode:
+        pytest.skip(f"this kernel does not mount {kind}")
+    try:
+        specs = [RecordSpec("w", 8 << 20), RecordSpec("o", 12 << 20), RecordSpec("base", 8192, mutable=False)]
+        with open_engine() as engine, Store.create([root], specs, engine=engine) as store:
+            one = commit(store, 1)
+            os.sync()
+            free = shutil.disk_usage(root).free
+            copied = []
+            store.snapshot("a", progress=lambda done, total: copied.append(done))
+            os.sync()
+            assert copied == []
+            assert free - shutil.disk_usage(root).free < 1 << 20
+            for step in (2, 3):
+                assert commit(store, step) != one
+            store.restore("a")
+            assert read_all(store) == one
+            assert store.verify().ok
+    finally:
+        subprocess.run(["umount", root], check=True)
