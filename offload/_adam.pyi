@@ -1,4 +1,4 @@
-"""The optimizer kernels (csrc/adam), over the buffer protocol.
+"""The optimizer kernels (csrc/adam), over the buffer protocol, and DLPack for many tensors at once.
 
 Buffers are contiguous, hold their own element type or raw bytes, begin at a multiple of their
 element size and are disjoint; they are held until the call returns. The GIL is released meanwhile.
@@ -16,9 +16,18 @@ scale i // 128. For both moments that is 2 n + 4 ceil(n / 128) bytes, 2.03 per p
 are moments of zero. csrc/adam/moments8.h defines the codes, docs/optimizer.md says why they are so.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import Buffer
+
+# A tensor of a library that has DLPack's C exchange interface; torch from 2.10.
+Tensor = Any
+# A moment: fp32, or 8-bit (codes, scales).
+Moment = Tensor | tuple[Tensor, Tensor]
+# gradient, weights, residual, exp_avg, exp_avg_sq, step, seed
+TensorRow = tuple[Tensor, Tensor, Tensor | None, Moment, Moment, Tensor, int]
+# lr, beta1, beta2, eps, weight_decay, grad_scale
+GroupSettings = tuple[float, float, float, float, float, float]
 
 GradientDType = Literal["float32", "bfloat16", "float16"]
 
@@ -98,6 +107,22 @@ def adamw_8bit(
 
     Raises:
         ValueError: as for `adamw`, or `first_element` is not a multiple of 128.
+        RuntimeError: a thread could not be started; nothing was changed.
+    """
+
+def adamw_tensors(
+    groups: list[tuple[list[TensorRow], GroupSettings]], *, num_threads: int = 1, isa: str = "auto"
+) -> None:
+    """Apply one AdamW step to every tensor of every group, and add one to its `step`.
+
+    The bits are those of `adamw` or `adamw_8bit` for each tensor. Tensors are contiguous, in memory that
+    the processor addresses, disjoint, and of the shape of the weights; scales have one dimension, `step`
+    is one fp32 number, the updates so far. The type of a gradient is its own. All are checked before one is
+    changed. They are held until the call returns, and no other thread may touch them meanwhile.
+
+    Raises:
+        ValueError: a tensor does not fit, or a setting is out of range; the message has the numbers of
+            group and row. Nothing was changed.
         RuntimeError: a thread could not be started; nothing was changed.
     """
 

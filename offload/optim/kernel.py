@@ -21,6 +21,8 @@ from .reference import adamw_reference, squared_norm_reference
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from .._adam import GroupSettings, TensorRow
+
 _LOAD_ERROR: ImportError | None = None
 try:
     from .. import _adam
@@ -33,6 +35,7 @@ __all__ = [
     "Moment8bit",
     "adamw_update",
     "adamw_update_8bit",
+    "adamw_update_rows",
     "describe_kernel",
     "squared_norm",
 ]
@@ -235,6 +238,19 @@ def adamw_update_8bit(
         first_element=first_element,
         **_common(gradient, settings, num_threads),
     )
+
+
+def adamw_update_rows(
+    groups: list[tuple[list[TensorRow], GroupSettings]], *, num_threads: int | None = None
+) -> None:
+    """Apply one AdamW step to every tensor of every group, in place; see `adamw_tensors` in `_adam.pyi`.
+
+    Raises:
+        ValueError: a tensor or a setting does not fit; nothing has been changed.
+        StateError: the extension is not there.
+    """
+    _require_kernel()
+    _adam.adamw_tensors(groups, num_threads=num_threads or torch.get_num_threads())
 
 
 def squared_norm(

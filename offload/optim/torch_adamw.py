@@ -6,7 +6,7 @@ bf16 parameter to its fp32 master (see `offload.codec`); or moments in 8 bits (`
 touches a disk: `StreamedAdamW` is the optimizer of an attached model.
 
 Invariants: state is contiguous; a step or a `load_state_dict` that is refused has changed nothing; the
-result depends neither on the threads nor on how parameters are bundled.
+result depends neither on the threads nor on who else has a gradient.
 
 Thread rule: one thread at a time, as with any torch optimizer. The GIL is released while the kernel runs.
 """
@@ -24,10 +24,10 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from ..codec import join_master
 from ..errors import ConfigError, StateError
 from ..specs import MomentDType
-from .bundles import TensorUpdate, update_tensors
 from .groups import ParameterSettings
 from .kernel import Backend
-from .torch_state import check_state, loaded_state, new_state, state_moments
+from .multi_tensor import TensorGroup, TensorRow, update_tensors
+from .torch_state import check_state, loaded_state, new_state, row_moments
 
 __all__ = ["AdamW"]
 
@@ -205,17 +205,27 @@ class AdamW(Optimizer):
                 f"AdamW: grad_scale must be finite, got {scale}: if the norm of the gradients is not "
                 "finite, leave out this step"
             )
-        # All checks come before the first change.
-        settings = [_settings(group) for group in self.param_groups]
-        ready = [self._ready_parameters(index, group) for index, group in enumerate(self.param_groups)]
-        for group, values, parameters in zip(self.param_groups, settings, ready, strict=True):
-            update_tensors(
-                (self._tensor_update(number, parameter) for number, parameter in parameters),
-                settings=values,
-                grad_scale=-scale if group["maximize"] else scale,
-                num_threads=self._num_threads,
-                backend=self._backend,
-            )
+        groups: list[TensorGroup] = []
+        fresh: dict[Tensor, dict[str, Tensor]] = {}
+        number = 0  # Among all parameters.
+        for group in self.param_groups:
+            rows: list[TensorRow] = []
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is not None:
+                    state = self.state.get(parameter)
+                    if not state:
+                        state = fresh[parameter] = new_state(parameter, self._moments)
+                    rows.append(self._row(parameter, gradient, state, number))
+                number += 1
+            factor = -scale if group["maximize"] else scale
+            groups.append(TensorGroup(rows, _settings(group), factor))
+        try:
+            update_tensors(groups, num_threads=self._num_threads, backend=self._backend)
+        except ValueError as error:
+            # It knows rows; the names are known here.
+            self._check_step()
+            raise StateError(f"AdamW: a parameter cannot be updated: {error}") from error
+        self.state.update(fresh)
         return loss
 
     def master(self, parameter: Tensor) -> Tensor:
@@ -277,40 +287,33 @@ class AdamW(Optimizer):
 
     # -- a step --------------------------------------------------------------------------------
 
-    def _ready_parameters(self, index: int, group: dict[str, Any]) -> list[tuple[int, Tensor]]:
-        """Return the group's parameters that have gradients, with their numbers among all parameters.
+    def _row(self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], number: int) -> TensorRow:
+        """Return what the update of a parameter takes; whether it fits is checked there."""
+        if gradient.layout == torch.strided and (not gradient.is_contiguous() or gradient.is_neg()):
+            gradient = gradient.resolve_neg().contiguous()
+        residual = None
+        if self._master_weights:
+            residual = state.get("residual")
+            if residual is None and parameter.dtype == torch.bfloat16:
+                residual = state["residual"] = torch.zeros(parameter.shape, dtype=torch.int16)
+        return (gradient, parameter, residual, *row_moments(state), state["step"], number)
+
+    def _check_step(self) -> None:
+        """Raise what is wrong with a step, by the name of a parameter.
 
         Raises:
-            StateError: one of them cannot be updated.
+            StateError: there is something.
         """
-        ready = []
-        first = sum(len(before["params"]) for before in self.param_groups[:index])
-        for number, (name, parameter) in enumerate(_named(index, group), first):
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            fault = _fault(parameter, self._master_weights)
-            if fault is not None:
-                raise StateError(f"AdamW: {name} {fault}")
-            _check_gradient(name, parameter, gradient)
-            if state := self.state.get(parameter):
-                check_state(name, parameter, state)
-            ready.append((number, parameter))
-        return ready
-
-    def _tensor_update(self, number: int, parameter: Tensor) -> TensorUpdate:
-        """Return what the update of a checked parameter takes; make its state if there is none."""
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if not state:
-            state.update(new_state(parameter, self._moments))
-        residual = None
-        if parameter.dtype == torch.bfloat16:
-            residual = state.get("residual")
-            if residual is None:
-                residual = state["residual"] = torch.zeros(parameter.shape, dtype=torch.int16)
-        gradient = parameter.grad.contiguous()
-        return TensorUpdate(gradient, parameter, residual, *state_moments(state), state["step"], number)
+        for index, group in enumerate(self.param_groups):
+            for name, parameter in _named(index, group):
+                if parameter.grad is None:
+                    continue
+                fault = _fault(parameter, self._master_weights)
+                if fault is not None:
+                    raise StateError(f"AdamW: {name} {fault}")
+                _check_gradient(name, parameter, parameter.grad)
+                if state := self.state.get(parameter):
+                    check_state(name, parameter, state)
 
     # -- loading -------------------------------------------------------------------------------
 

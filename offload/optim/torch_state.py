@@ -25,7 +25,7 @@ __all__ = [
     "is_8bit",
     "loaded_state",
     "new_state",
-    "state_moments",
+    "row_moments",
 ]
 
 # Smaller tensors keep fp32 moments, as with bitsandbytes (min_8bit_size) and torchao: norms and biases, whose
@@ -55,11 +55,16 @@ def new_state(parameter: Tensor, moments: MomentDType) -> dict[str, Tensor]:
     return state
 
 
-def state_moments(state: Mapping[str, Tensor]) -> tuple[Tensor | Moment8bit, Tensor | Moment8bit]:
-    """Return the moments of a state that `check_state` has passed, over the same memory."""
+def row_moments(
+    state: Mapping[str, Tensor],
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]:
+    """Return the moments of a state as `TensorRow` has them."""
     if not is_8bit(state):
         return state["exp_avg"], state["exp_avg_sq"]
-    return _moment_8bit("exp_avg", state), _moment_8bit("exp_avg_sq", state)
+    return (
+        (state["exp_avg_codes"], state["exp_avg_scales"]),
+        (state["exp_avg_sq_codes"], state["exp_avg_sq_scales"]),
+    )
 
 
 def check_state(name: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
