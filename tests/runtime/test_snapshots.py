@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_parked_on_disk import SMALL, budgets
 from toy_models import SETTINGS, build, loss_of, make_batch, record_bytes, train
 
 import offload
@@ -238,6 +239,22 @@ def test_a_loop_goes_back_in_the_middle_of_a_step(mode: str, tmp_path: Path) -> 
         assert runtime.state == {"next": 2}
         assert (train(NAME, runtime, model, range(2, 4)), record_bytes(runtime)) == expected
         assert runtime.rollbacks == 2
+
+
+def test_a_loop_goes_back_while_gradients_are_parked_on_disk(tmp_path: Path) -> None:
+    for number, host_memory in enumerate(budgets(tmp_path, max_grad_norm=0.25)[:2]):
+        model = build(NAME)
+        torch.manual_seed(5)
+        settings = {**SMALL, "max_grad_norm": 0.25, "host_memory": host_memory}
+        with attach(model, tmp_path / str(number), **settings) as runtime:
+            train(NAME, runtime, model, range(2))
+            runtime.snapshot("two")
+            expected = train(NAME, runtime, model, range(2, 4)), record_bytes(runtime)
+            assert runtime.stats().parked_written_nbytes > 0
+            loss_of(NAME, model, make_batch(NAME, 4)).backward()
+            runtime.roll_back("the loss jumped")
+            assert (train(NAME, runtime, model, range(2, 4)), record_bytes(runtime)) == expected
+            assert runtime.stats().host_high_water_nbytes <= host_memory
 
 
 def test_going_back_to_nothing_stops_with_nothing_applied(tmp_path: Path) -> None:
