@@ -298,6 +298,7 @@ def _take_steps(
     job: _Job, runtime: Runtime, output: OutputDirectory, progress: Progress, stop: StopRequest
 ) -> None:
     every = job.config.eval_steps
+    first = runtime.global_step
     guard = StepGuard(job.config, runtime, output, progress)
     guard.keep()
     before = runtime.stats()
@@ -330,12 +331,22 @@ def _take_steps(
         output.append_metrics(_record(job, report))
         runtime.step(guard.state)
         progress.step(report)
+        if step == first + 1:
+            # Of the second step: the first one warms up, and its commit has been measured by now.
+            progress.line(_stop_time(report.seconds, after.busy_s.get("commit", 0.0)))
         if step + 1 < job.num_steps and guard.keep():
             before, began_s = runtime.stats(), monotonic()
         if stop.requested:
             return
         if step + 1 == job.num_steps or (every is not None and (step + 1) % every == 0):
-            _evaluate(job, runtime, output, progress)
+            _evaluate(job, runtime, output, progress, stop)
+
+
+def _stop_time(step_s: float, commit_s: float) -> str:
+    return (
+        f"a stop (Ctrl-C, SIGTERM) ends after the step, within about {format_time(step_s + commit_s)}: its"
+        f" commit takes {format_time(commit_s)}; wait longer than that before SIGKILL"
+    )
 
 
 def _backward(job: _Job, runtime: Runtime, batch: torch.Tensor) -> tuple[float, str]:
@@ -364,8 +375,14 @@ def _record(job: _Job, report: StepReport) -> dict[str, Any]:
     }
 
 
-def _evaluate(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Progress) -> None:
-    """Record the mean loss over the held-out rows, if there are any."""
+def _evaluate(
+    job: _Job,
+    runtime: Runtime,
+    output: OutputDirectory,
+    progress: Progress,
+    stop: StopRequest | None = None,
+) -> None:
+    """Record the mean loss over the held-out rows, if there are any; nothing when a stop comes in."""
     if job.held_out is None:
         return
     tokens = torch.from_numpy(job.held_out.tokens.astype(np.int64))
@@ -373,9 +390,13 @@ def _evaluate(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Pr
     job.model.eval()
     with torch.no_grad():
         for rows in torch.split(tokens, job.config.rows_per_step):
+            if stop is not None and stop.requested:
+                break
             batch = rows.to(job.device)
             total += float(job.model(input_ids=batch, labels=batch, use_cache=False).loss) * len(rows)
     job.model.train()
+    if stop is not None and stop.requested:
+        return
     loss = total / len(tokens)
     output.append_metrics({"step": runtime.global_step, "eval_loss": loss})
     progress.line(f"step {runtime.global_step}: held-out loss {loss:.4f} ({len(tokens)} rows)")

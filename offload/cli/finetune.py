@@ -13,6 +13,7 @@ import typer
 
 from ..config import ALIASES, ELSEWHERE, GROUPS, FinetuneConfig, load_config
 from ..errors import ConfigError
+from ..signals import OrderlyEnd
 
 __all__ = ["finetune_command", "run"]
 
@@ -23,7 +24,8 @@ rows; weights and optimizer state are streamed through the budgets from the driv
 committed. Run the same command again to go on after a stop, a crash or a power cut. The result is a
 Hugging Face model directory in output_dir/final.
 
-Ctrl-C once finishes the step and stops; twice leaves at once, and nothing committed is lost.
+Ctrl-C or SIGTERM once finishes the step, commits it and stops (exit code 130 or 143); twice leaves at
+once, and nothing committed is lost. How long a stop takes is printed after the second step.
 
 Example:
 
@@ -73,10 +75,15 @@ def run(config: FinetuneConfig) -> None:
             ) from error
         raise
     try:
-        result = finetune(config)
+        with OrderlyEnd():
+            result = finetune(config)
     except KeyboardInterrupt:
         typer.echo("interrupted; run the same command again to go on", err=True)
         raise typer.Exit(130) from None
+    except SystemExit:
+        # SIGTERM outside of the steps: what was begun has been taken back.
+        typer.echo("terminated; run the same command again to go on", err=True)
+        raise
     raise typer.Exit(result.exit_code)
 
 
