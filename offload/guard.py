@@ -10,9 +10,11 @@ Thread rule: the thread that trains.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .config import FinetuneConfig
+from .errors import DiskFullError
 from .output import OutputDirectory
 from .progress import Progress
 from .rollback import Rollback
@@ -105,16 +107,31 @@ class StepGuard:
         if self._kept_step is not None and runtime.global_step % every:
             return False
         runtime.synchronize()
+        older = [info.name for info in runtime.snapshots() if info.name.startswith(ROLLING)]
         # The generation makes the name a new one when a step is reached again.
         name = f"{ROLLING}{runtime.global_step}-{runtime.generation}"
-        with self._progress.phase(f"snapshot of step {runtime.global_step}") as moved:
-            info = runtime.snapshot(name, on_progress=moved)
-            moved(info.nbytes, info.nbytes)
-        for old in runtime.snapshots():
-            if old.name.startswith(ROLLING) and old.name != name:
-                runtime.drop_snapshot(old.name)
+        try:
+            self._take(name)
+        except DiskFullError as error:
+            if not older:
+                raise
+            # A run that is killed before the new one is there takes one when it is resumed.
+            self._progress.line(f"{error.message}; taking the place of the one before instead")
+            self._drop(older)
+            self._take(name)
+        else:
+            self._drop(older)
         self._kept_step = runtime.global_step
         return True
+
+    def _take(self, name: str) -> None:
+        with self._progress.phase(f"snapshot of step {self._runtime.global_step}") as moved:
+            info = self._runtime.snapshot(name, on_progress=moved)
+            moved(info.nbytes, info.nbytes)
+
+    def _drop(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._runtime.drop_snapshot(name)
 
     def _newest_kept(self) -> int | None:
         """Return the step of the newest snapshot of ours."""

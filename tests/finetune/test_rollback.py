@@ -180,6 +180,21 @@ def test_no_room_for_the_first_snapshot_stops_before_the_first_step(
     assert len(snapshots(tmp_path / "out")) == 1
 
 
+def test_a_snapshot_takes_the_place_of_the_one_before_where_there_is_no_room_for_two(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_fits(directories: Any, *_: object, **__: object) -> None:
+        if any(Path(directories[0]).glob("run-*/snapshot-*.bin")):
+            raise DiskFullError(f"{directories[0]} has 1 KiB free", errno=28, path=directories[0])
+
+    monkeypatch.setattr("offload.store.snapshots.check_room", one_fits)
+    lines: list[str] = []
+    assert finetune(make_config(snapshot_steps=2), echo=lines.append).step == 6
+    told = [line for line in lines if line.endswith("1 KiB free; taking the place of the one before instead")]
+    assert len(told) == 2
+    assert [kept.rpartition("-")[0] for kept in snapshots(tmp_path / "out")] == ["rolling-4"]
+
+
 def test_snapshots_change_nothing_of_a_run_without_trouble(make_config: Any, tmp_path: Path) -> None:
     for name, every in [("with", 2), ("without", None)]:
         finetune(make_config(output_dir=tmp_path / name, snapshot_steps=every), echo=lambda _: None)
