@@ -202,7 +202,7 @@ BUGS = (
         "transfer.py",
         "                    if owner not in self._updating and owner not in self._copies:\n",
         "                    if owner not in self._copies:\n",
-        ("tests/runtime/test_exact.py", "tests/runtime/test_clip.py"),
+        ("tests/runtime/test_exact.py",),
     ),
 )
 
