@@ -27,6 +27,7 @@ ARGUMENTS = {
         *("--size", "8MiB", "--transfer", "8MiB", "--rounds", "1", "--cells", "*:128k:*"),
         *("--without-fio", "--parts", "all"),
     ],
+    "verify": ["--size", "64MiB", "--rounds", "1"],
     "overlap": [*SMALL, "--rounds", "1", "--steps", "1", "--length", "8"],
 }
 COLUMNS = {
@@ -35,6 +36,7 @@ COLUMNS = {
     "fewest_bytes": {"micro_batches", "step", "kernel_read", "kernel_written", "runtime_read"},
     "kill_loop": {"killed at", "status", "resumed at step"},
     "io": {"part", "op", "block_nbytes", "depth", "round", "contender", "nbytes", "elapsed_s", "cpu_s"},
+    "verify": {"part", "round", "contender", "nbytes", "elapsed_s", "cpu_s"},
     "overlap": {"round", "step", "compute", "disk", "ratio"},
 }
 
