@@ -20,6 +20,7 @@ RESULTS = sorted(path for path in (BENCHMARKS / "results").glob("*/*") if path.i
 SMALL = ["--shape", "toy", "--host-memory", "64MiB", "--device-memory", "64MiB"]
 ARGUMENTS = {
     "adam": ["--parameters", "1000", "--rounds", "1"],
+    "adam_small": ["--layers", "1", "--hidden", "12", "--tensors", "3", "--numel", "9", "--rounds", "1"],
     "bounded": [*SMALL, "--steps", "2", "--length", "8", "--learning-rate", "0.01"],
     "fewest_bytes": [*SMALL, "--moments", "8bit", "--warm-up", "1", "--steps", "1", "--length", "8"],
     "kill_loop": [*SMALL, "--kills", "1", "--steps", "3", "--length", "8"],
@@ -32,6 +33,7 @@ ARGUMENTS = {
 }
 COLUMNS = {
     "adam": {"threads", "round", "contender", "numel", "nbytes", "elapsed_s"},
+    "adam_small": {"model", "threads", "round", "contender", "elapsed_s"},
     "bounded": {"time_s", "private_nbytes"},
     "fewest_bytes": {"micro_batches", "step", "kernel_read", "kernel_written", "runtime_read"},
     "kill_loop": {"killed at", "status", "resumed at step"},
