@@ -55,7 +55,8 @@ def open_pretrained(
     path = _check_directory(directory)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    # What transformers raises for a config that is no mapping, or whose values are of other types.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"transformers cannot use {path / 'config.json'}: {_first_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
