@@ -45,7 +45,7 @@ class StepGuard:
         self.num_batches = int(runtime.state.get("batches", runtime.global_step))
         self._note_rollback()
         self._spikes = self._measured_spikes()
-        self._kept_step = self._newest_kept()
+        self._kept_step = self._keep_newest()
 
     @property
     def state(self) -> dict[str, Any]:
@@ -133,14 +133,18 @@ class StepGuard:
         for name in names:
             self._runtime.drop_snapshot(name)
 
-    def _newest_kept(self) -> int | None:
-        """Return the step of the newest snapshot of ours."""
-        steps = [
-            int(info.state["step"])
-            for info in self._runtime.snapshots()
-            if info.name.startswith(ROLLING) and info.state is not None
-        ]
-        return steps[-1] if steps else None
+    def _keep_newest(self) -> int | None:
+        """Return the step of the newest snapshot of ours; older ones go, which a kill may have left."""
+        if self._config.snapshot_steps is None:
+            return None
+        found = [info for info in self._runtime.snapshots() if info.name.startswith(ROLLING)]
+        whole = [info for info in found if info.problem is None and info.state is not None]
+        if not whole:
+            return None
+        newest = whole[-1]
+        self._drop([info.name for info in found if info.name != newest.name])
+        assert newest.state is not None
+        return int(newest.state["step"])
 
     def _state_of_rollback(self, reason: str) -> dict[str, Any]:
         """Return what to commit if the run goes back now: the data goes on behind this batch."""
