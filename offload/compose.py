@@ -26,9 +26,8 @@ from .identity import check_same_run, run_identity
 from .io_setting import choose_io_setting
 from .masters import Masters
 from .optim import StreamedAdamW, default_param_groups
+from .optim.arrivals import Arrivals
 from .optim.gradient_parts import GradientParts
-from .optim.norms import GradientNorms
-from .optim.parker import GradientMeter, Parker
 from .optim.updater import Updater
 from .options import RuntimeOptions
 from .parts import Committed, Parts
@@ -227,12 +226,7 @@ def _build(
     )
     undo.callback(transfer.close)
     progress = Committed(0 if store is None else _step_of(store), 0 if store is None else store.generation)
-    meter = GradientMeter(
-        host,
-        GradientNorms(),
-        options.optimizer.num_threads or max(1, torch.get_num_threads() // 2),
-        trace,
-    )
+    num_threads = options.optimizer.num_threads or max(1, torch.get_num_threads() // 2)
     disk_gradients = None
     gradient_parts = None
     if scratch is not None:
@@ -253,10 +247,10 @@ def _build(
             slots=host.pool("parts of gradients", plan.gradient_parts),
             trace=trace,
         )
-    parker = None
-    if options.parks:
-        parker = Parker(meter=meter, disk=disk_gradients, on_error=transfer.fail)
-        undo.callback(parker.close)
+    arrivals = Arrivals(
+        host=host, disk=disk_gradients, num_threads=num_threads, on_error=transfer.fail, trace=trace
+    )
+    undo.callback(arrivals.close)
     updater = Updater(
         records=records,
         host=host,
@@ -265,7 +259,7 @@ def _build(
         store=store,
         residents=residents,
         gradient_parts=gradient_parts,
-        meter=meter,
+        num_threads=num_threads,
         on_updated=transfer.end_update,
         on_committed=progress.committed,
         on_error=transfer.fail,
@@ -301,7 +295,7 @@ def _build(
         gradients=gradients,
         activations=Activations(device, host, stack, trace),
         updater=updater,
-        parker=parker,
+        arrivals=arrivals,
         disk_gradients=disk_gradients,
         masters=Masters(host=host, host_pool=host_weights, staging=staging, store=store, residents=residents),
         store=store,

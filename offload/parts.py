@@ -16,7 +16,7 @@ from .buffers import Budget
 from .disk_gradients import DiskGradients
 from .gradients import Gradients
 from .masters import Masters
-from .optim.parker import Parker
+from .optim.arrivals import Arrivals
 from .optim.updater import Updater
 from .options import RuntimeOptions
 from .plan import MemoryPlan
@@ -58,7 +58,7 @@ class Parts:
     gradients: Gradients
     activations: Activations
     updater: Updater
-    parker: Parker | None
+    arrivals: Arrivals
     disk_gradients: DiskGradients | None
     masters: Masters
     store: Store | None

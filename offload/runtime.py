@@ -433,8 +433,7 @@ class Runtime:
         # waits for.
         parts.transfer.close()
         parts.updater.close()
-        if parts.parker is not None:
-            parts.parker.close()
+        parts.arrivals.close()
         parts.gradients.discard()
         if parts.disk_gradients is not None:
             parts.disk_gradients.close()

@@ -187,7 +187,7 @@ class Step:
 
     def _begin_next(self) -> None:
         self._parts.activations.reset()
-        self._parts.updater.forget_norms()
+        self._parts.arrivals.forget_norms()
         self.attempt += 1
         self.norm = None
         self._clip_scale = None
@@ -267,12 +267,11 @@ class Step:
 
     def _park(self, owner: str, buffer: GradientBuffer, *, complete: bool) -> None:
         parts = self._parts
-        assert parts.parker is not None
         parked = parts.gradients.park(owner, buffer)
         if complete or owner in parts.plan.parked_on_disk:
             # On its way to disk it is measured whether or not it is complete: it is not read again for that.
             self._unmeasured.discard(owner)
-            parts.parker.park(owner, parked)
+            parts.arrivals.take(owner, parked)
         else:
             self._unmeasured.add(owner)
         self._show_gradient(owner)
@@ -292,7 +291,7 @@ class Step:
         for owner in sorted(pending, key=lambda owner: places.get(owner, len(places))):
             gradient = parts.gradients.take_parked(owner)
             step = self.num_done + 1
-            parts.updater.submit(Update(owner, None, gradient, settings, step, scale, measured=True))
+            parts.updater.submit(Update(owner, None, gradient, settings, step, scale))
 
     def _start_update(self, owner: str, gradient: FinishedGradient) -> None:
         if self._settings is None:
@@ -300,7 +299,10 @@ class Step:
             self._settings = self._present_settings()
         self._updated.add(owner)
         weights = self._parts.transfer.take_host(owner)
-        self._parts.updater.submit(Update(owner, weights, gradient, self._settings, step=self.num_done + 1))
+        measurement = self._parts.arrivals.take(owner, gradient)
+        self._parts.updater.submit(
+            Update(owner, weights, gradient, self._settings, step=self.num_done + 1, measurement=measurement)
+        )
         self._show_gradient(owner)
 
     def _show_gradient(self, owner: str) -> None:
@@ -318,9 +320,8 @@ class Step:
     def _settle_unfinished(self) -> None:
         """Take the gradients whose announced visits did not all run; see [Note: when an update starts]."""
         if self._parks:
-            assert self._parts.parker is not None
             for owner in sorted(self._unmeasured):
-                self._parts.parker.park(owner, self._parts.gradients.parked(owner))
+                self._parts.arrivals.take(owner, self._parts.gradients.parked(owner))
             self._unmeasured.clear()
             return
         for owner in self._parts.gradients.pending():
@@ -330,9 +331,8 @@ class Step:
             self._parts.transfer.leave(visit, Pass.TRAIN)
 
     def _wait_for_norm(self) -> GlobalNorm:
-        norm = self._parts.updater.global_norm()
-        if self._parts.parker is not None:
-            self._parts.parker.check()
+        norm = self._parts.arrivals.global_norm()
+        self._parts.updater.check()
         return norm
 
     def _trained_next(self, unit: str) -> tuple[str, ...]:

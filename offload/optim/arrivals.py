@@ -1,14 +1,15 @@
-"""Measures parked gradients as they arrive in host memory, and sends those on that go to disk.
+"""What is done with gradients as they arrive in host memory: measured, and sent on if they go to disk.
 
-Owns one thread. A gradient passes through host memory once: its squared norm is taken there, and the same
-slot is then written from, so nothing is read again for the norm. The thread is not the update thread: a
-slot of the ring must come free whatever an update waits for.
+Owns one thread, and the global norm of the step in progress. A gradient passes through host memory once:
+its squared norm is taken there, and what goes to disk is written from the same slot, so nothing is read
+again for the norm. The thread is not the update thread: the end of a step waits for the last norm and not
+for the updates queued before it, and a slot of the ring comes free whatever an update waits for.
 
 Invariant: a gradient's norm is noted after its write was asked for, so that whoever waited for the norm
 of all gradients may read any of them.
 
-Thread rule: all public methods by the thread that runs the model. An error of the thread is given to
-`on_error` once, and raised by `check`.
+Thread rule: all public methods by the thread that runs the model, `Measurement.wait` by any. An error of
+the thread is given to `on_error` once, and raised by `global_norm` and by `Measurement.wait`.
 """
 
 from __future__ import annotations
@@ -25,42 +26,47 @@ from ..disk_gradients import DiskGradients
 from ..gradients import FinishedGradient
 from ..trace import Tracer
 from .kernel import squared_norm
-from .norms import GradientNorms
+from .norms import GlobalNorm, GradientNorms
 
-__all__ = ["GradientMeter", "Parker"]
+__all__ = ["Arrivals", "Measurement"]
 
 # What the thread turns into the runtime's error: all. One that got past would end it, and the norm would be
 # waited for for ever.
 _FAILURES = Exception
 
 
-@dataclass(frozen=True)
-class GradientMeter:
-    """Takes the squared norm of a gradient in host memory, once it has arrived.
+class Measurement:
+    """Whether one gradient is finite, once it is known."""
 
-    Attributes:
-        host: the arena of its lease.
-        norms: where it is noted.
-        num_threads: of the kernel.
-        trace: shows it, and the wait for the copy.
-    """
+    def __init__(self) -> None:
+        self._known = threading.Event()
+        self._is_finite = False
+        self._error: BaseException | None = None
 
-    host: Arena
-    norms: GradientNorms
-    num_threads: int
-    trace: Tracer
+    def wait(self) -> bool:
+        """Wait until the gradient has arrived and was measured; return whether it is finite.
 
-    def squared_norm(self, owner: str, gradient: FinishedGradient) -> tuple[float, bool]:
-        """Wait for the gradient; return its squared norm and whether it is finite."""
-        began_s = time.perf_counter()
-        gradient.arrived.wait()
-        waited_s = time.perf_counter()
-        if waited_s - began_s > 1e-4:
-            self.trace.add("stall", "update waits for a gradient", began_s, waited_s)
-        memory = self.host.view(gradient.host, 0, gradient.numel * gradient.dtype.itemsize)
-        flat = view_elements(memory, gradient.dtype, gradient.numel)
-        with self.trace.span(owner, "norm", elements=gradient.numel):
-            return squared_norm(flat, num_threads=self.num_threads)
+        Raises:
+            OffloadError: it was not measured, because the thread failed.
+        """
+        self._known.wait()
+        if self._error is not None:
+            raise self._error
+        return self._is_finite
+
+    def settle(self) -> None:
+        """Wait until nobody reads the gradient for it any more, whatever came of it."""
+        self._known.wait()
+
+    def put(self, *, is_finite: bool) -> None:
+        """Note the answer."""
+        self._is_finite = is_finite
+        self._known.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Note that there will be none."""
+        self._error = error
+        self._known.set()
 
 
 @dataclass(frozen=True)
@@ -68,39 +74,57 @@ class _Arrival:
     owner: str
     gradient: FinishedGradient
     to_disk: bool
+    measurement: Measurement
 
 
-class Parker:
+class Arrivals:
     """See the module."""
 
     def __init__(
-        self, *, meter: GradientMeter, disk: DiskGradients | None, on_error: Callable[[BaseException], None]
+        self,
+        *,
+        host: Arena,
+        disk: DiskGradients | None,
+        num_threads: int,
+        on_error: Callable[[BaseException], None],
+        trace: Tracer,
     ) -> None:
-        self._meter = meter
+        self._host = host
         self._disk = disk
+        self._num_threads = num_threads
         self._on_error = on_error
+        self._trace = trace
+        self._norms = GradientNorms()
         self._arrivals: queue.SimpleQueue[_Arrival | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="offload-park", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="offload-arrivals", daemon=True)
         self._thread.start()
 
-    def park(self, owner: str, gradient: FinishedGradient) -> None:
+    def take(self, owner: str, gradient: FinishedGradient) -> Measurement:
         """Queue a gradient: measure it, and write it if it goes to disk.
 
         One measured again replaces the one before. The lease of one that goes to disk is taken over.
         """
-        self._meter.norms.expect()
+        self._norms.expect()
         to_disk = self._disk is not None and owner in self._disk.owners
-        self._arrivals.put(_Arrival(owner, gradient, to_disk))
+        arrival = _Arrival(owner, gradient, to_disk, Measurement())
+        self._arrivals.put(arrival)
+        return arrival.measurement
 
-    def check(self) -> None:
-        """Raise the thread's error, if it failed.
+    def global_norm(self) -> GlobalNorm:
+        """Wait until the gradients of this step were measured and return their norm.
 
         Raises:
-            OffloadError: a gradient could not be written.
+            OffloadError: the thread's error, if it failed.
         """
+        norm = self._norms.total()
         if self._error is not None:
             raise self._error
+        return norm
+
+    def forget_norms(self) -> None:
+        """Begin the next step's global norm."""
+        self._norms.clear()
 
     def close(self) -> None:
         """Finish the queue and stop the thread. The pools must outlive this call."""
@@ -110,31 +134,45 @@ class Parker:
     def _run(self) -> None:
         while (arrival := self._arrivals.get()) is not None:
             if self._error is not None:
-                self._drop(arrival)
+                self._drop(arrival, self._error)
                 continue
             try:
                 self._handle(arrival)
             except _FAILURES as error:
-                self._fail(error)
+                self._fail(arrival, error)
 
     def _handle(self, arrival: _Arrival) -> None:
-        squared, is_finite = self._meter.squared_norm(arrival.owner, arrival.gradient)
+        squared, is_finite = self._measure(arrival.owner, arrival.gradient)
         if arrival.to_disk:
             assert self._disk is not None
             self._disk.write(arrival.owner, arrival.gradient.host)
-        self._meter.norms.put(arrival.owner, squared, is_finite=is_finite)
+        arrival.measurement.put(is_finite=is_finite)
+        self._norms.put(arrival.owner, squared, is_finite=is_finite)
 
-    def _fail(self, error: BaseException) -> None:
+    def _measure(self, owner: str, gradient: FinishedGradient) -> tuple[float, bool]:
+        began_s = time.perf_counter()
+        gradient.arrived.wait()
+        waited_s = time.perf_counter()
+        if waited_s - began_s > 1e-4:
+            self._trace.add("stall", "wait for a gradient to arrive", began_s, waited_s)
+        memory = self._host.view(gradient.host, 0, gradient.numel * gradient.dtype.itemsize)
+        flat = view_elements(memory, gradient.dtype, gradient.numel)
+        with self._trace.span(owner, "norm", elements=gradient.numel):
+            return squared_norm(flat, num_threads=self._num_threads)
+
+    def _fail(self, arrival: _Arrival, error: BaseException) -> None:
         # Before whoever waits for the norm, or for a slot, goes on.
         self._error = error
         if self._disk is not None:
             self._disk.fail(error)
-        self._meter.norms.miss()
+        arrival.measurement.fail(error)
+        self._norms.miss()
         self._on_error(error)
 
-    def _drop(self, arrival: _Arrival) -> None:
-        self._meter.norms.miss()
-        # The copy into it may not have ended.
-        arrival.gradient.arrived.wait()
+    def _drop(self, arrival: _Arrival, error: BaseException) -> None:
+        arrival.measurement.fail(error)
+        self._norms.miss()
         if arrival.to_disk:
+            # The copy into it may not have ended.
+            arrival.gradient.arrived.wait()
             arrival.gradient.host.release()

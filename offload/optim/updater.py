@@ -5,8 +5,8 @@ backward) or in which forward needs them (between passes), and commits between t
 takes them in order, every write of step n is in the store before its commit, and none of step n+1. The
 reads and writes around an update are `pipeline.py`.
 
-A gradient that was not parked is measured here, when it has arrived (`parker.py` measures the others). When
-one is not finite, neither its record nor any later one is updated until `roll_back`.
+Gradients are measured as they arrive (`arrivals.py`). When one that was not parked is not finite, neither its
+record nor any later one is updated until `roll_back`.
 
 Invariants: a chunk is read, updated and written once a step; a record can be fetched again
 (`on_updated`) only when its bytes are in the store, or at home in host memory.
@@ -30,11 +30,10 @@ from ..records import RecordSet
 from ..residents import ResidentRecords
 from ..store import Store
 from ..trace import Tracer
+from .arrivals import Measurement
 from .chunk import ChunkMemory, update_chunk
 from .gradient_parts import GradientParts
 from .groups import ParameterSettings
-from .norms import GlobalNorm
-from .parker import GradientMeter
 from .pipeline import ChunkPipeline
 
 __all__ = ["Update", "Updater"]
@@ -56,7 +55,7 @@ class Update:
         settings: learning rate and the rest by parameter name, as of this step.
         step: optimizer steps including this one, from 1.
         grad_scale: the gradient is multiplied with it first: the clip factor.
-        measured: whether the gradient is known to be finite.
+        measurement: says whether the gradient is finite; None when it is known to be.
     """
 
     owner: str
@@ -65,7 +64,7 @@ class Update:
     settings: Mapping[str, ParameterSettings]
     step: int
     grad_scale: float = 1.0
-    measured: bool = False
+    measurement: Measurement | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Updater:
         store: Store | None,
         residents: ResidentRecords | None,
         gradient_parts: GradientParts | None,
-        meter: GradientMeter,
+        num_threads: int,
         on_updated: Callable[[str, Lease], None],
         on_committed: Callable[[int, int], None],
         on_error: Callable[[BaseException], None],
@@ -112,15 +111,13 @@ class Updater:
         self._host = host
         self._store = store
         self._residents = residents
-        self._num_threads = meter.num_threads
+        self._num_threads = num_threads
         self._on_updated = on_updated
         self._on_committed = on_committed
         self._on_error = on_error
         self._trace = trace
         self._order: tuple[str, ...] = ()
         self._gradient_parts = gradient_parts
-        self._meter = meter
-        self._norms = meter.norms
         self._spoiled = False
         self._pipeline: ChunkPipeline | None = None
         if residents is None:
@@ -147,27 +144,19 @@ class Updater:
 
     def submit(self, update: Update) -> None:
         """Queue one record's update; the thread takes over its leases."""
-        if not update.measured:
-            self._norms.expect()
         if isinstance(update.gradient, GradientOnDisk):
             assert self._gradient_parts is not None
             self._gradient_parts.expect(update.owner)
         self._work.put(update)
 
-    def global_norm(self) -> GlobalNorm:
-        """Wait until the gradients of this step were measured and return their norm.
+    def check(self) -> None:
+        """Raise what went wrong so far; does not wait.
 
         Raises:
             OffloadError: the thread's error, if it failed.
         """
-        norm = self._norms.total()
         if self._error is not None:
             raise self._error
-        return norm
-
-    def forget_norms(self) -> None:
-        """Begin the next step's global norm."""
-        self._norms.clear()
 
     def commit(self, state: Mapping[str, Any], step: int) -> None:
         """Queue a commit of everything submitted so far, with `state` in its manifest."""
@@ -296,12 +285,12 @@ class Updater:
     def _drop(self, item: Update | _Commit) -> None:
         if isinstance(item, _Commit):
             return
-        if not item.measured:
-            self._norms.miss()
         self._give_up(item)
 
     def _give_up(self, update: Update) -> None:
         """Give back what an update still holds; the model's thread may wait for the slot."""
+        if update.measurement is not None:
+            update.measurement.settle()
         if isinstance(update.gradient, FinishedGradient):
             # The copy into it may not have ended.
             update.gradient.arrived.wait()
@@ -310,23 +299,14 @@ class Updater:
         if self._residents is None and update.weights is not None and not update.weights.released:
             update.weights.release()
 
-    def _measure(self, update: Update) -> bool:
-        """Note the gradient's squared norm; return whether it is finite."""
-        assert isinstance(update.gradient, FinishedGradient)
-        try:
-            squared, is_finite = self._meter.squared_norm(update.owner, update.gradient)
-        except _FAILURES as error:
-            # Before whoever waits for the norm goes on.
-            self._error = self._error or error
-            self._norms.miss()
-            raise
-        self._norms.put(update.owner, squared, is_finite=is_finite)
-        return is_finite
+    def _is_finite(self, measurement: Measurement) -> bool:
+        with self._trace.span("update waits for a gradient", "stall"):
+            return measurement.wait()
 
     def _update(self, update: Update) -> None:
         record = self._records[update.owner]
         layout = record.layout
-        if not update.measured and not self._measure(update):
+        if update.measurement is not None and not self._is_finite(update.measurement):
             self._spoiled = True
         if self._spoiled:
             self._give_back(update)

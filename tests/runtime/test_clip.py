@@ -256,7 +256,7 @@ def test_a_unit_that_the_loss_does_not_use_is_clipped_with_the_others(tmp_path: 
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
         ({"max_grad_norm": math.nan}, "max_grad_norm must be positive"),
         ({"gradient_dtype": "bfloat16"}, "set max_grad_norm or park_gradients"),
-        ({"on_non_finite": "pass"}, "must be 'skip' or 'stop'"),
+        ({"on_non_finite": "pass"}, "must be 'skip', 'rollback' or 'stop'"),
         ({"max_non_finite_steps": 0}, "at least 1"),
         ({"on_non_finite": "skip"}, "set park_gradients"),
     ],
