@@ -112,6 +112,11 @@ class Scratch:
         return {name: record.spec for name, record in self._records.items()}
 
     @property
+    def chunk_nbytes(self) -> int:
+        """Length of a chunk: what offsets and lengths of reads and writes must be multiples of."""
+        return next(iter(self._records.values())).stripe.chunk_nbytes
+
+    @property
     def nbytes_reserved(self) -> int:
         """Space taken on all drives together."""
         return sum(drive.file.size_nbytes for drive in self._drives)

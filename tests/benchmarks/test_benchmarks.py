@@ -110,6 +110,17 @@ def test_overlap_writes_a_trace_with_reads_compute_updates_and_writes(
     assert {"compute", "disk read", "disk write", "update"} <= tracks
 
 
+@each("overlap")
+def test_overlap_replays_gradients_that_go_to_disk(script: ModuleType, tmp_path: Path) -> None:
+    arguments = [*ARGUMENTS["overlap"], "--max-grad-norm", "1", "--disk", str(tmp_path)]
+    arguments[arguments.index("--host-memory") + 1] = "17154048"
+    saved = tmp_path / "saved"
+    script.main([*arguments, "--save", str(saved)])
+    report = (saved / "README.md").read_text()
+    assert "Clipping: by 1, gradients of a step: " in report
+    assert "on disk, written and read once a step" in report
+
+
 @pytest.mark.parametrize("saved", RESULTS, ids=lambda path: "/".join(path.parts[-2:]))
 def test_published_results_have_their_command_and_raw_samples(saved: Path) -> None:
     assert "- command: `python benchmarks/" in (saved / "README.md").read_text()
