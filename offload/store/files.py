@@ -165,10 +165,13 @@ def read_file(dir_fd: int, name: str, path: str, max_nbytes: int) -> bytes:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     with storage_errors("open", path):
         fd = os.open(name, flags, dir_fd=dir_fd)
-    with os.fdopen(fd, "rb", buffering=0) as file:
+    try:
+        # First: Python refuses to make a file of a directory, with an error of its own.
         check_owned(fd, path)
-        with storage_errors("read", path):
+        with storage_errors("read", path), os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
             data = file.read(max_nbytes + 1)
+    finally:
+        os.close(fd)
     if data is None or len(data) > max_nbytes:
         raise CorruptionError(f"{path} has more than the {max_nbytes:,} bytes allowed", path=path)
     return data
