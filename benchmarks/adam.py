@@ -1,11 +1,10 @@
 """Is our AdamW as fast as torch's and DeepSpeed's, and as memory allows?
 
 All contenders take turns in one process, on the same tensors where they use the same ones; ratios are
-taken within each round. The bound is what STREAM's triad (a = b + s c, 24 bytes an element as STREAM
-counts, by torch.add) moves in the same rounds, divided by the bytes that an update must move. A triad
-that does not write where it reads has its writes counted once and costs two: memory fetches a line
-before it is overwritten. An update in place has no such cost, so the stricter figure stands beside
-it: b += s a, 12 bytes an element, all of them moved.
+taken within each round. The bound is the best that STREAM's kernels move in the same round: copy
+(a = b, 8 bytes an element of fp32), triad (a = b + s c, 12 bytes) and triad in place (b += s c, 12
+bytes). STREAM counts what a program asks for: the first two cost memory a third more, for it fetches a
+line before it is overwritten, so the one in place is the ceiling as a rule. An update is in place too.
 """
 
 from __future__ import annotations
@@ -36,10 +35,11 @@ SETTINGS = ParameterSettings(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_d
 FP32_NBYTES = 4 + 2 * (4 + 4 + 4)
 SPLIT_NBYTES = 2 + 2 * (2 + 2 + 4 + 4)
 EIGHT_BIT_NBYTES = 4 + 2 * (4 + 1 + 1)
-TRIAD_NBYTES, IN_PLACE_NBYTES = 24, 12
+COPY_NBYTES, TRIAD_NBYTES = 8, 12
 OURS, EIGHT_BIT, SPLIT = "ours, fp32", "ours, 8-bit moments", "ours, bf16 gradient, split weights"
 TORCH, DEEPSPEED = "torch fused", "DeepSpeedCPUAdam"
-TRIAD, IN_PLACE = "triad", "in place"
+COPY, TRIAD, IN_PLACE = "copy", "triad", "triad in place"
+BOUNDS = (COPY, TRIAD, IN_PLACE)
 LEAST_OF_PEERS, LEAST_OF_BOUND, LEAST_8BIT, MOST_HELD_OFF_S = 1.0, 0.85, 0.8, 0.005
 
 
@@ -148,12 +148,13 @@ def _split_contenders(numel: int) -> dict[str, Contender]:
 
 
 def _bounds(first: Tensor, second: Tensor) -> dict[str, Contender]:
-    """Return the triad and its sibling in place, in memory that others have: half of each tensor."""
+    """Return STREAM's kernels, in fp32 memory that others have: half of each tensor."""
     half = first.numel() // 2
     a, b, c = first[:half], first[half : 2 * half], second[:half]
     return {
+        COPY: Contender(lambda: a.copy_(b), half, COPY_NBYTES),
         TRIAD: Contender(lambda: torch.add(b, c, alpha=0.5, out=a), half, TRIAD_NBYTES),
-        IN_PLACE: Contender(lambda: b.add_(c, alpha=1e-6), half, IN_PLACE_NBYTES),
+        IN_PLACE: Contender(lambda: b.add_(c, alpha=1e-6), half, TRIAD_NBYTES),
     }
 
 
@@ -198,10 +199,10 @@ def _judge(
     """Print a table and compare with the bars."""
     rates = {name: [contenders[name].numel / each for each in runs] for name, runs in seconds.items()}
     moved = {name: [rate * contenders[name].nbytes for rate in each] for name, each in rates.items()}
+    # The best of each round.
+    bound = [max(each) for each in zip(*(moved[name] for name in BOUNDS), strict=True)]
     rows = []
     for name, contender in contenders.items():
-        of_bound = Spread.paired(moved[name], moved[TRIAD])
-        of_in_place = Spread.paired(moved[name], moved[IN_PLACE])
         rate = Spread.of(each / 1e6 for each in rates[name])
         rows.append(
             (
@@ -209,14 +210,13 @@ def _judge(
                 f"{rate.median:,.0f} [{rate.least:,.0f}..{rate.most:,.0f}]",
                 contender.nbytes,
                 f"{Spread.of(moved[name]).median / 1e9:.1f}",
-                of_bound,
-                of_in_place,
+                Spread.paired(moved[name], bound),
             )
         )
     threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
     report.say(f"## {threads}")
     report.say()
-    columns = ("", "M elements/s", "bytes an element", "GB/s", f"of {TRIAD}", f"of {IN_PLACE}")
+    columns = ("", "M elements/s", "bytes an element", "GB/s", "of the bound")
     report.table(columns, rows)
     peers = [name for name in (TORCH, DEEPSPEED) if name in contenders]
     if OURS in contenders:
@@ -235,8 +235,8 @@ def _judge(
             report.say(f"- {what}: {ratio}")
     for name in (OURS, SPLIT):
         if name in contenders:
-            share = Spread.paired(moved[name], moved[TRIAD]).median
-            report.bar(f"{name}, {threads}, of the {TRIAD}'s bound", share, LEAST_OF_BOUND, least=True)
+            share = Spread.paired(moved[name], bound).median
+            report.bar(f"{name}, {threads}, of the bound", share, LEAST_OF_BOUND, least=True)
     report.say()
 
 

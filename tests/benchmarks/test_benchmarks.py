@@ -29,9 +29,11 @@ ARGUMENTS = {
         *("--without-fio", "--parts", "all"),
     ],
     "verify": ["--size", "64MiB", "--rounds", "1"],
+    "quality_8bit": ["--seeds", "1", "--scratch-steps", "2", "--scratch-rows", "1"],
     "overlap": [*SMALL, "--rounds", "1", "--steps", "1", "--length", "8"],
 }
 COLUMNS = {
+    "quality_8bit": {"task", "seed", "moments", "step", "loss", "held_out"},
     "adam": {"threads", "round", "contender", "numel", "nbytes", "elapsed_s"},
     "adam_small": {"model", "threads", "round", "contender", "elapsed_s"},
     "bounded": {"time_s", "private_nbytes"},
