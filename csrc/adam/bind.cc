@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "adam/adamw.h"
+#include "adam/bind_gil.h"
 #include "adam/bind_tensors.h"
 #include "adam/bind_views.h"
 #include "adam/dispatch.h"
@@ -62,7 +63,7 @@ void AdamW(Module& module, const py::object& gradient, const py::object& weights
                            p.residual(),
                            static_cast<float*>(m.data()),
                            static_cast<float*>(v.data())};
-  const py::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   ForEachBlock(module.pool, numel, how.num_threads,
                [&](std::size_t, std::size_t begin, std::size_t end) {
                  kernels.adamw(coefficients, arrays, begin, end);
@@ -93,7 +94,7 @@ void AdamW8(Module& module, const py::object& gradient, const py::object& weight
   const AdamW8Arrays arrays{g.data(),     gradient_type, p.weights(),
                             p.residual(), m.arrays(),    v.arrays()};
   const Noise noise = MakeNoise(seed, settings.step, first_element);
-  const py::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   ForEachBlock(module.pool, numel, how.num_threads,
                [&](std::size_t, std::size_t begin, std::size_t end) {
                  kernels.adamw8(coefficients, arrays, noise, begin, end);
@@ -104,7 +105,7 @@ void AdamWTensors(Module& module, const py::list& groups, int num_threads, const
   const Kernels kernels = module.KernelsOf(isa);
   CheckNumThreads("adamw_tensors", num_threads);
   const TensorRows rows(groups);
-  const py::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   UpdateTensors(module.pool, kernels, rows.updates(), num_threads);
   rows.CountStep();
 }
@@ -122,7 +123,7 @@ void Encode(const std::string& which, const py::object& values, const py::object
   const MomentView to("encode_8bit", which, py::make_tuple(codes, scales), Access::kWrite);
   const BufferView from("encode_8bit", "values", values, 4, "f", Access::kRead);
   from.CheckNumel(to.numel(), "there are codes");
-  const py::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   Encode8(moment, static_cast<const float*>(from.data()), to.arrays(), 0, to.numel());
 }
 
@@ -132,7 +133,7 @@ void Decode(const std::string& which, const py::object& codes, const py::object&
   const MomentView from("decode_8bit", which, py::make_tuple(codes, scales), Access::kRead);
   const BufferView to("decode_8bit", "values", values, 4, "f", Access::kWrite);
   to.CheckNumel(from.numel(), "there are codes");
-  const py::gil_scoped_release unlocked;
+  const GilReleased unlocked;
   Decode8(moment, from.arrays(), static_cast<float*>(to.data()), 0, from.numel());
 }
 
@@ -144,7 +145,7 @@ py::tuple SquaredNormOf(Module& module, const py::object& gradient, const How& h
   g.CheckWholeElements();
   double sum = 0;
   {
-    const py::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     sum = SquaredNorm(module.pool, kernels.norm, g.data(), type, g.numel(), how.num_threads);
   }
   return py::make_tuple(sum, std::isfinite(sum));
@@ -164,7 +165,7 @@ PYBIND11_MODULE(_adam, m) {
   // Joined while the interpreter is whole: what is left to the end of the process may find its
   // memory gone.
   py::module_::import("atexit").attr("register")(py::cpp_function([module] {
-    const py::gil_scoped_release unlocked;
+    const GilReleased unlocked;
     module->pool.Close();
   }));
 
