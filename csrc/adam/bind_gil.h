@@ -1,0 +1,35 @@
+// The GIL, let go while a kernel runs.
+#ifndef OFFLOAD_ADAM_BIND_GIL_H_
+#define OFFLOAD_ADAM_BIND_GIL_H_
+
+#include <pybind11/pybind11.h>
+#include <unistd.h>
+
+namespace offload::adam {
+
+// Lets other threads of Python run until destruction.
+//
+// When the interpreter ends, CPython before 3.14 ends a daemon thread that wants the GIL back by
+// pthread_exit. glibc does that by unwinding the stack: through a destructor it is the end of the
+// process (std::terminate), and on its way it would release buffers without the GIL. So the thread
+// stays here for what is left of the process, as it does from 3.14 on.
+class GilReleased {
+ public:
+  GilReleased() : thread_(PyEval_SaveThread()) {}
+  ~GilReleased() {
+    try {
+      PyEval_RestoreThread(thread_);
+    } catch (...) {  // Nothing but the unwinding: this is C. Leaving the handler would be fatal.
+      for (;;) pause();
+    }
+  }
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* const thread_;
+};
+
+}  // namespace offload::adam
+
+#endif  // OFFLOAD_ADAM_BIND_GIL_H_
