@@ -41,7 +41,7 @@ def test_a_bug_that_cannot_be_planted_is_an_error(script: ModuleType, tmp_path: 
         script.plant(gone, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["no-directory-fsync", "ignore-a-failed-write", "free-on-cancel"])
+@pytest.mark.parametrize("name", ["no-directory-fsync", "ignore-a-failed-write", "commit-without-waiting"])
 def test_a_bug_is_noticed(script: ModuleType, tmp_path: Path, name: str) -> None:
     """Three that need no torch, so that this takes seconds."""
     (bug,) = script.select([name])
