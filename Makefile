@@ -34,7 +34,7 @@ soak: setup ## Run the slow tests: real kills, large models, long runs, and copi
 	$(BIN)/python scripts/seeded_bugs.py
 
 .PHONY: sanitize
-sanitize: setup ## Run the I/O engine's tests and a stress under ASan, UBSan and TSan (minutes)
+sanitize: setup ## Run the tests of the I/O engine and the kernels, and a stress, under ASan, UBSan and TSan (minutes)
 	$(BIN)/python scripts/sanitize.py
 
 .PHONY: cross

@@ -1,4 +1,4 @@
-"""Build the extensions under gcc's sanitizers and run the I/O engine's tests and its stress on them.
+"""Build the extensions under gcc's sanitizers; run the I/O engine's tests and stress, and the kernels' tests.
 
     python scripts/sanitize.py            # AddressSanitizer with UBSan, then ThreadSanitizer
     python scripts/sanitize.py asan --operations 100000 --seed 7
@@ -33,6 +33,15 @@ __all__ = ["KINDS", "Kind", "environment", "missing_reason", "reports", "run"]
 
 ROOT = Path(__file__).resolve().parents[1]
 STRESS = ROOT / "tests" / "sanitize" / "engine_stress.py"
+
+# What the optimizer kernels' tests are: of their memory for ASan and UBSan, of their threads for TSan.
+POOL = "tests/optim/test_kernel_threads.py"
+KERNELS = [
+    "tests/optim/test_adamw_kernel.py",
+    "tests/optim/test_moments_8bit.py",
+    "tests/optim/test_multi_tensor.py",
+    "tests/optim/test_squared_norm.py",
+]
 
 
 @dataclass(frozen=True)
@@ -73,8 +82,13 @@ KINDS = {
             "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1:die_after_fork=0:"
             "log_path={reports}:suppressions={suppressions}",
         },
-        # A thread of the parent has the address of one that the child starts; TSan complains.
-        ("tests/aio/test_engine_lifetime.py::test_a_forked_child_is_refused_and_may_open_its_own",),
+        (
+            # A thread of the parent has the address of one that the child starts; TSan complains.
+            "tests/aio/test_engine_lifetime.py::test_a_forked_child_is_refused_and_may_open_its_own",
+            # They count the process's threads, and TSan has one of its own.
+            f"{POOL}::test_threads_are_kept_and_are_no_more_than_the_processors",
+            f"{POOL}::test_after_the_end_of_the_pool_a_call_has_its_own_thread",
+        ),
         # libtsan finds its shadow memory taken where vm.mmap_rnd_bits is large (32 on new kernels).
         ("setarch", "-R"),
     ),
@@ -196,8 +210,8 @@ def check(kind: str, operations: int, seed: int) -> int:
     ]
     skipped = [f"--deselect={test}" for test in KINDS[kind].deselected]
     checks.append([*pytest, *skipped, "tests/aio"])
-    if kind == "asan":
-        checks.append([*pytest, "tests/optim/test_adamw_kernel.py", "tests/optim/test_squared_norm.py"])
+    kernels = [*KERNELS, POOL] if kind == "asan" else [POOL, "tests/optim/test_multi_tensor.py"]
+    checks.append([*pytest, *skipped, *kernels])
     wrong = 0
     for command in checks:
         wrong += run(kind, folder, command) != 0
