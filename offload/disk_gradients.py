@@ -10,7 +10,8 @@ being measured, which waits for its copy alone, or by one read ahead for the vis
 read ahead, and only with two slots or more. So whoever waits for a slot is never waited for.
 
 Invariants: a gradient is read only when its write has been asked for, and the scratch area lets the read
-wait for it; a slot is lent again only when nothing is in flight into or out of it.
+wait for it; none is read ahead while a visit adds to it; a slot is lent again only when nothing is in flight
+into or out of it.
 
 Thread rule: `write` and `fail` by any thread; `read_part` by the update thread; the rest by the thread that
 runs backward or ends the step.
@@ -77,6 +78,8 @@ class DiskGradients:
         self._changed = threading.Condition()
         self._kept: dict[str, None] = {}
         self._arriving: set[str] = set()
+        # Brought back, and added to until `lease`: what is on disk of them is not their sum any more.
+        self._in_hand: set[str] = set()
         self._writes: deque[_Transfer] = deque()
         self._ahead: _Transfer | None = None
         self._error: BaseException | None = None
@@ -99,6 +102,7 @@ class DiskGradients:
             OffloadError: an earlier gradient could not be written.
         """
         lease = self._slot(owner)
+        self._in_hand.discard(owner)
         with self._changed:
             self._kept[owner] = None
             self._arriving.add(owner)
@@ -140,6 +144,7 @@ class DiskGradients:
         """
         if owner not in self._kept:
             return None
+        self._in_hand.add(owner)
         if self._ahead is not None and self._ahead.owner != owner:
             self._drop_ahead()
         transfer, self._ahead = self._ahead or self._begin_read(owner, self._slot(owner)), None
@@ -153,6 +158,9 @@ class DiskGradients:
     def read_ahead(self, owner: str) -> None:
         """Begin to read a gradient that the next visit adds to, where a slot can be spared."""
         if owner not in self._kept or self._ahead is not None or len(self._ring.slots) < 2:
+            return
+        if owner in self._in_hand:
+            # Neighbours that share a parameter: the next visit adds to what this one is still adding to.
             return
         self._collect()
         lease = self._ring.try_lease(self._nbytes(owner), f"{owner} gradient read ahead")
@@ -171,6 +179,7 @@ class DiskGradients:
         """Forget every gradient of the step."""
         self._drop_ahead()
         self._kept.clear()
+        self._in_hand.clear()
 
     def close(self) -> None:
         """Wait for what is in flight; nothing is written any more. The pools must outlive this call."""

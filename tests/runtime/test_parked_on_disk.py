@@ -13,6 +13,7 @@ from test_clip import TIGHT, backward
 from toy_models import SETTINGS, build, make_batch, record_bytes
 
 import offload
+from offload import plan
 from offload.errors import CapacityError, CorruptionError, DiskFullError, StateError
 from offload.sizes import align_up
 from offload.store import list_runs
@@ -242,6 +243,56 @@ def test_gradients_of_a_forward_that_the_next_one_does_not_repeat(tmp_path: Path
         found = train(int(least[1]) + spare)
         assert found[:2] == expected[:2]
         assert found[2] > 0
+
+
+class Tied(torch.nn.Module):
+    """Blocks of which the first three, side by side, share a large weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        wide = torch.nn.Linear(64, 64)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Sequential(
+                torch.nn.Linear(32, 64), *([wide] if index < 3 else []), torch.nn.Linear(64, 32)
+            )
+            for index in range(8)
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_sum_that_neighbours_add_to_is_not_read_ahead_of_its_write(
+    accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The only plan then, with two slots in the ring: one can be read ahead.
+    monkeypatch.setattr(plan, "WINDOWS", (1,))
+    monkeypatch.setattr(plan, "UPDATES_IN_FLIGHT", (2,))
+    monkeypatch.setattr(plan, "STAGING_SLOTS", (2,))
+
+    def train(host_memory: Any) -> Any:
+        model = Tied()
+        settings = {**SMALL, "host_memory": host_memory, "park_gradients": True}
+        with offload.attach(model, disk=[tmp_path], **settings) as runtime:
+            for step in range(3):
+                for part in range(accumulation):
+                    generator = torch.Generator().manual_seed(10 * step + part)
+                    model(torch.randn(2, 32, generator=generator)).square().sum().backward()
+                runtime.step()
+            return runtime.grad_norm, record_bytes(runtime), runtime.plan
+
+    expected = train("64MiB")
+    with pytest.raises(CapacityError) as refusal:
+        train(4096)
+    least = re.search(r"host_memory to at least (\d+) bytes", str(refusal.value))
+    assert least
+    found = train(int(least[1]))
+    assert "layers.0" in found[2].parked_on_disk and len(found[2].gradient_ring) == 2
+    assert found[:2] == expected[:2]
 
 
 def test_a_flipped_bit_in_a_gradient_stops_the_run_with_the_last_commit_intact(tmp_path: Path) -> None:
