@@ -25,6 +25,7 @@ from typing import Any
 
 from ..buffers import Arena, Lease, Pool
 from ..codec import OptimizerChunk
+from ..errors import StateError
 from ..gradients import FinishedGradient, GradientOnDisk
 from ..records import RecordSet
 from ..residents import ResidentRecords
@@ -166,11 +167,11 @@ class Updater:
         """Wait until all queued work is done.
 
         Raises:
+            StateError: the thread was stopped.
             OffloadError: the thread's error, if it failed.
         """
         reached = threading.Event()
-        self._work.put(reached)
-        reached.wait()
+        self._wait_for(reached, reached)
         if self._error is not None:
             raise self._error
 
@@ -181,8 +182,7 @@ class Updater:
             OffloadError: the thread's error, if it failed.
         """
         pause = _Pause(threading.Event())
-        self._work.put(pause)
-        pause.reached.wait()
+        self._wait_for(pause, pause.reached)
         self.drain()
 
     def roll_back(self) -> None:
@@ -192,14 +192,20 @@ class Updater:
             OffloadError: the thread's error, if it failed.
         """
         item = _RollBack(threading.Event())
-        self._work.put(item)
-        item.reached.wait()
+        self._wait_for(item, item.reached)
         self.drain()
 
     def close(self) -> None:
         """Finish the queue and stop the thread. The pools must outlive this call."""
         self._work.put(None)
         self._thread.join()
+
+    def _wait_for(self, item: _Work, reached: threading.Event) -> None:
+        """Queue `item` and wait until the thread has `reached` it."""
+        if not self._thread.is_alive():
+            raise StateError("the runtime is closed: attach the model again")
+        self._work.put(item)
+        reached.wait()
 
     # -- the update thread -------------------------------------------------------------------
 

@@ -351,7 +351,13 @@ class Store:
             self._committing = False
 
     def snapshots(self) -> tuple[SnapshotInfo, ...]:
-        """Return the snapshots of the run, the oldest first; one that is damaged says why."""
+        """Return the snapshots of the run, the oldest first; one that is damaged says why.
+
+        Raises:
+            StateError: the store is closed.
+        """
+        with self._lock:
+            self._check_open()
         return self._snapshots.list()
 
     def restore(

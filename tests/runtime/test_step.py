@@ -244,10 +244,12 @@ def test_a_model_without_units_is_refused() -> None:
         offload.attach(torch.nn.Linear(4, 4), **SETTINGS)
 
 
-def test_closing_twice_and_calling_after_close(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parks", [False, True])
+def test_closing_twice_and_calling_after_close(parks: bool, tmp_path: Path) -> None:
     model = build("mlp")
-    runtime = offload.attach(model, disk=[tmp_path], **SETTINGS)
+    runtime = offload.attach(model, disk=[tmp_path], park_gradients=parks, **SETTINGS)
     runtime.close()
     runtime.close()
-    with pytest.raises(StateError, match="closed"):
-        runtime.step()
+    for act in (runtime.step, runtime.synchronize, runtime.snapshots):
+        with pytest.raises(StateError, match="closed"):
+            act()

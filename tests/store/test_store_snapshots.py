@@ -149,6 +149,8 @@ def test_what_cannot_be_is_refused(store, specs):
     for act in (store.snapshot, store.restore, store.drop_snapshot):
         with pytest.raises(StateError, match="is closed"):
             act("a")
+    with pytest.raises(StateError, match="is closed"):
+        store.snapshots()
 
 
 def test_an_interrupted_copy_leaves_nothing_and_the_run_as_it_was(store, dirs):
