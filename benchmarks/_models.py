@@ -38,6 +38,8 @@ SHAPES = {
     # For the tests: a step takes milliseconds.
     "toy": Shape(32, 3, 64, 4, 2, 96),
     "100m": Shape(640, 14, 1792, 10, 5, 32000),
+    # As deep models are: little of it is in the embedding.
+    "100m-deep": Shape(640, 20, 1792, 10, 5, 4096),
     "smollm2-135m": Shape(576, 30, 1536, 9, 3, 49152, tied=True),
     "tinyllama-1.1b": Shape(2048, 22, 5632, 32, 4, 32000),
 }
