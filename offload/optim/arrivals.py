@@ -142,7 +142,12 @@ class Arrivals:
                 self._fail(arrival, error)
 
     def _handle(self, arrival: _Arrival) -> None:
-        squared, is_finite = self._measure(arrival.owner, arrival.gradient)
+        try:
+            squared, is_finite = self._measure(arrival.owner, arrival.gradient)
+        except BaseException:
+            if arrival.to_disk:
+                arrival.gradient.host.release()
+            raise
         if arrival.to_disk:
             assert self._disk is not None
             self._disk.write(arrival.owner, arrival.gradient.host)
