@@ -54,6 +54,16 @@ CONFIGS = {
         Config("host", settings={"home": "host", "save_steps": 2}),
         Config("clip", settings={"max_grad_norm": 0.05}),
         Config("8bit", settings={"moments": "8bit"}),
+        # The least that the run can do with: every gradient passes through the one slot of the ring.
+        Config(
+            "gradients on disk",
+            settings={
+                "max_grad_norm": 0.05,
+                "dtype": "float32",
+                "chunk_numel": 1024,
+                "host_memory": 126_976,
+            },
+        ),
     )
 }
 

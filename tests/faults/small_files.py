@@ -101,7 +101,7 @@ class Durable:
             if os.path.dirname(path) != str(root) and os.path.dirname(path) not in names:
                 continue  # its directory is gone
             content = names[path]
-            if content.now is None and path.endswith(".bin"):
+            if content.now is None and _is_data_file(path):
                 Path(path).touch(mode=0o600)
             elif content.now is None:
                 Path(path).mkdir(mode=0o700)
@@ -119,6 +119,11 @@ def _apply(names: dict[str, _Content], old: str | None, new: str | None, content
     if new is not None:
         assert content is not None
         names[new] = content
+
+
+def _is_data_file(path: str) -> bool:
+    """Whether a name is that of a file whose bytes are the simulated disk's: a run's, or a scratch area's."""
+    return path.endswith(".bin") or os.path.basename(path).startswith("scratch-")
 
 
 def _left_of(content: _Content, rng: random.Random) -> bytes:
@@ -159,7 +164,7 @@ class SmallFiles:
     def adopt(self) -> None:
         """Take what lies below the root now as durable: what a power loss has left."""
         for path in sorted(Path(self._root).rglob("*")):
-            now = None if path.is_dir() or path.suffix == ".bin" else path.read_bytes()
+            now = None if path.is_dir() or _is_data_file(str(path)) else path.read_bytes()
             self._contents[str(path)] = self.durable.names[str(path)] = _Content(now, now, True)
 
     def data_file_created(self, folder_fd: int, name: str) -> None:

@@ -139,6 +139,13 @@ def test_a_sample_of_faults_gives_the_same_run_or_a_clean_error(
     assert outcomes["StorageError"] > SAMPLE // 10
 
 
+def test_every_gradient_is_on_disk_where_the_configuration_says_so(tmp_path: Path) -> None:
+    parked = []
+    config = CONFIGS["gradients on disk"]
+    go_on(Machine(tmp_path, 1), config, Run(), on_begin=lambda run: parked.extend(run.plan.parked_on_disk))
+    assert parked == ["0", "1", "2"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
