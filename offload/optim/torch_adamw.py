@@ -13,7 +13,6 @@ Thread rule: one thread at a time, as with any torch optimizer. The GIL is relea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, overload
 
@@ -32,6 +31,9 @@ from .torch_state import check_state, loaded_state, new_state, row_moments
 __all__ = ["AdamW"]
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# The kernel takes it as float32: a larger one would be infinite there, and every weight NaN.
+LARGEST_SCALE = torch.finfo(torch.float32).max
 
 # Settings of torch's and DeepSpeed's optimizers for which one value is supported, and what to do instead.
 FIXED_SETTINGS = {
@@ -191,7 +193,7 @@ class AdamW(Optimizer):
                 a loss scale. The gradients themselves stay as they are.
 
         Raises:
-            ConfigError: grad_scale is not finite, or a group's setting has been set out of range.
+            ConfigError: grad_scale is not finite in float32, or a group's setting has been set out of range.
             StateError: a gradient is sparse or of another dtype or shape, or a parameter has moved or
                 changed its dtype since it was given. Nothing has been changed then.
         """
@@ -200,10 +202,10 @@ class AdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale = float(grad_scale)
-        if not math.isfinite(scale):
+        if not abs(scale) <= LARGEST_SCALE:
             raise ConfigError(
-                f"AdamW: grad_scale must be finite, got {scale}: if the norm of the gradients is not "
-                "finite, leave out this step"
+                f"AdamW: grad_scale must be finite in float32, got {scale}: if the norm of the gradients is "
+                "not finite, leave out this step"
             )
         groups: list[TensorGroup] = []
         fresh: dict[Tensor, dict[str, Tensor]] = {}

@@ -349,7 +349,7 @@ def test_a_refused_step_changes_nothing(spoil: Callable[[Parameter], None], mess
     assert not optimizer.state
 
 
-@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e39, -1e300])
 def test_a_factor_that_is_not_finite_is_refused(factor: float) -> None:
     model = parameters_of([(4,)])
     before = bits(model)
