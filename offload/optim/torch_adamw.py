@@ -32,8 +32,8 @@ __all__ = ["AdamW"]
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The kernel takes it as float32: a larger one would be infinite there, and every weight NaN.
-LARGEST_SCALE = torch.finfo(torch.float32).max
+# float32's largest: the kernel takes the scale as such, and a larger one would make every weight a NaN.
+LARGEST_SCALE = (2 - 2**-23) * 2.0**127
 
 # Settings of torch's and DeepSpeed's optimizers for which one value is supported, and what to do instead.
 FIXED_SETTINGS = {
