@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from offload.errors import OffloadError, StateError
 from offload.gradient_homes import PartLayout
 from offload.gradients import FinishedGradient
 from offload.optim.arrivals import Arrivals
+from offload.optim.gradient_parts import GradientParts
 from offload.specs import Tier
 from offload.store import RecordSpec, Store
 from offload.trace import Tracer
@@ -223,6 +225,33 @@ def test_closing_waits_for_writes_and_reads(bench: Bench) -> None:
     assert [ticket._settled for ticket in tickets] == [False, False]
     bench.disk.close()
     assert [ticket._settled for ticket in tickets] == [True, True]
+
+
+def test_parts_are_read_in_order_and_given_back_whatever_becomes_of_the_update(bench: Bench) -> None:
+    chunks = [SimpleNamespace(start=0, stop=512), SimpleNamespace(start=512, stop=NUMEL)]
+    record: Any = SimpleNamespace(
+        format=SimpleNamespace(optimizer_chunks=lambda numel: chunks),
+        layout=SimpleNamespace(trainable_numel=NUMEL),
+    )
+    slots = bench.host.pool("parts", [NBYTES] * 2)
+    parts = GradientParts(
+        records={"a": record}, disk=bench.disk, itemsize=4, host=bench.host, slots=slots, trace=bench.trace
+    )
+    memory = bytes(range(256)) * 16
+    lease = bench.disk.lease("a")
+    bench.host.view(lease, 0, NBYTES)[:] = memory
+    bench.disk.write("a", lease)
+    for _ in range(2):
+        parts.expect("a")
+    for chunk in chunks:
+        taken: Any = chunk
+        assert parts.take("a", taken) == memory[4 * chunk.start : 4 * chunk.stop]
+        parts.give_back()
+    # The next update ends with one part taken and one read.
+    parts.take("a", chunks[0])  # type: ignore[arg-type]
+    assert len(slots.in_use()) == 2
+    parts.settle()
+    assert (slots.in_use(), parts.advance()) == ((), False)
 
 
 # -- arrivals ----------------------------------------------------------------------------------

@@ -91,6 +91,30 @@ def test_a_read_waits_for_the_write_before_it(dirs, specs) -> None:
         assert read(scratch, "a") == content("a", 2, RECORDS[0].nbytes)
 
 
+def test_a_write_waits_for_the_read_before_it(dirs, specs) -> None:
+    engine = LazyEngine()
+    with (
+        Store.create(dirs, specs, engine=engine, chunk_nbytes=CHUNK) as store,
+        store.scratch(RECORDS, chunk_nbytes=CHUNK) as scratch,
+    ):
+        scratch.write("a", content("a", 1, RECORDS[0].nbytes)).wait()
+        buffer = bytearray(RECORDS[0].nbytes)
+        late = scratch.read("a", buffer)
+        scratch.write("a", content("a", 2, RECORDS[0].nbytes)).wait()
+        late.wait()
+        assert bytes(buffer) == content("a", 1, RECORDS[0].nbytes)
+
+
+def test_closing_waits_for_what_is_in_flight(dirs, specs) -> None:
+    with Store.create(dirs, specs, engine=LazyEngine(), chunk_nbytes=CHUNK) as store:
+        scratch = store.scratch(RECORDS, chunk_nbytes=CHUNK)
+        ticket = scratch.write("a", bytes(RECORDS[0].nbytes))
+        assert not ticket.done()
+        scratch.close()
+        assert ticket.done()
+        ticket.wait()
+
+
 def test_what_was_never_written_is_not_read(scratch) -> None:
     scratch.write("a", bytes(CHUNK), offset=CHUNK, nbytes=CHUNK).wait()
     assert read(scratch, "a", CHUNK, CHUNK) == bytes(CHUNK)
@@ -132,6 +156,21 @@ def test_a_failed_write_ends_its_use_and_not_the_run_s(dirs, specs) -> None:
             with pytest.raises(StateError, match="cannot be used further"):
                 scratch.write("b", bytes(4096))
         store.commit({})
+
+
+def test_a_read_behind_a_write_that_fails_meanwhile_is_refused(dirs, specs) -> None:
+    disk = SimDisk()
+    engine = SimEngine(disk, queue_depth=3, segment_nbytes=CHUNK // 2)
+    with (
+        Store.create(dirs, specs, engine=engine, chunk_nbytes=CHUNK) as store,
+        store.scratch(RECORDS, chunk_nbytes=CHUNK) as scratch,
+    ):
+        scratch.write("b", content("b", 1, 4096)).wait()
+        disk.plan(Fault(len(disk.journal), "EIO"))
+        # Of the same bytes, so that what is there passes for what was to be written.
+        scratch.write("b", content("b", 1, 4096))
+        with pytest.raises(StateError, match="because a write failed"):
+            scratch.read("b", bytearray(4096))
 
 
 def test_too_little_room_is_refused_with_the_bytes_and_leaves_nothing(
