@@ -32,7 +32,7 @@ from pydantic import (
 from .aio.engine import EngineName
 from .errors import ConfigError
 from .sizes import MIB, parse_bytes
-from .specs import MomentDType, RecordDType
+from .specs import MomentDType, RecordDType, Tier
 
 __all__ = ["ALIASES", "ELSEWHERE", "GROUPS", "FinetuneConfig", "load_config", "read_yaml", "suggest"]
 
@@ -63,7 +63,10 @@ ALIASES = {
 
 # Keys a user may expect and will not find: what happens instead.
 ELSEWHERE = {
-    "save_steps": "every step is committed, so a run resumes from its last step; there is nothing to set",
+    "keep_generations": "one commit is kept, and the one before until it is written over; nothing piles up, "
+    "and older steps are kept by snapshot_steps",
+    "save_total_limit": "one commit is kept, and the newest snapshot of snapshot_steps; nothing piles up",
+    "save_strategy": "commits follow save_steps; every step is one when everything is on disk",
     "resume_from_checkpoint": "the run in output_dir is resumed whenever there is one",
     "gradient_checkpointing": "every unit is always recomputed in the backward pass",
     "packing": "texts are always packed into rows of max_length tokens",
@@ -72,6 +75,11 @@ ELSEWHERE = {
     "optim": "the optimizer is AdamW",
     "deepspeed": "offload moves the state by itself: set device_memory, host_memory and disk",
 }
+
+
+# With everything on disk a commit costs milliseconds, and each step has one. From memory it writes all
+# that a step changes, which is everything: every step of them would cost what a home on disk costs.
+MEMORY_SAVE_STEPS = 100
 
 
 class _Loader(yaml.SafeLoader):
@@ -200,7 +208,17 @@ class FinetuneConfig(BaseModel):
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Dtype of the arithmetic; bfloat16 on a GPU, else float32."
     )
+    home: Literal["disk", "host", "device"] = Field(
+        "disk", description="Where the state rests between uses; commits write what changed to the drives."
+    )
+    save_steps: Positive | None = Field(
+        None,
+        description=f"Steps between commits; 1 with home: disk, else {MEMORY_SAVE_STEPS}. A stop commits.",
+    )
     io_engine: EngineName | None = Field(None, description="I/O engine; the fastest that works here.")
+    queue_depth: Positive | None = Field(
+        None, description="I/O operations in flight on a drive; what offload bench measured best, else 32."
+    )
 
     output_dir: UserPath = Field(description="Directory of the run; the model goes to output_dir/final.")
     logging_steps: Positive = Field(10, description="Steps between report lines.")
@@ -213,6 +231,25 @@ class FinetuneConfig(BaseModel):
             if getattr(self, key) == "rollback" and self.snapshot_steps is None:
                 raise ValueError(f"{key}: rollback goes back to a snapshot: set snapshot_steps, such as 100")
         return self
+
+    @model_validator(mode="after")
+    def _check_undoing(self) -> Self:
+        if self.on_non_finite != "stop" and self.commit_steps > 1 and self.max_grad_norm is None:
+            raise ValueError(
+                f"on_non_finite: {self.on_non_finite} cannot undo updates that run during backward when"
+                f" commits are {self.commit_steps} steps apart: set save_steps: 1, or max_grad_norm"
+            )
+        return self
+
+    @property
+    def tier(self) -> Tier:
+        """`home` as a tier."""
+        return Tier(self.home)
+
+    @property
+    def commit_steps(self) -> int:
+        """Steps between commits: `save_steps`, or what suits the home."""
+        return self.save_steps or (1 if self.home == "disk" else MEMORY_SAVE_STEPS)
 
     @property
     def rows_per_step(self) -> int:

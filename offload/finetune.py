@@ -254,7 +254,10 @@ def _options(job: _Job, pointer: RunPointer, *, resume: bool) -> RuntimeOptions:
         max_rollbacks=config.max_rollbacks,
         run_id=pointer.run_id,
         resume=resume,
+        home=config.tier,
+        save_steps=config.commit_steps,
         io_engine=config.io_engine,
+        queue_depth=config.queue_depth,
     )
 
 
@@ -268,17 +271,18 @@ def _free_device_memory(device: torch.device) -> int:
 def _train(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Progress) -> int:
     """Take the steps that are left; return 0, or 128 + the signal that asked for a stop."""
     first = runtime.global_step
+    if _evaluates(job, first):
+        _evaluate(job, runtime, output, progress)
     if first >= job.num_steps:
         progress.line(f"all {job.num_steps} steps are done; raise max_steps to train further")
         return 0
-    if first == 0:
-        _evaluate(job, runtime, output, progress)
     with StopRequest(
         lambda number: progress.line(f"{number.name}: finishing this step, then stopping")
     ) as stop:
         try:
             with progress.training(first):
                 _take_steps(job, runtime, output, progress, stop)
+            runtime.commit()
             runtime.synchronize()
         except OffloadError:
             progress.line(
@@ -297,12 +301,13 @@ def _train(job: _Job, runtime: Runtime, output: OutputDirectory, progress: Progr
 def _take_steps(
     job: _Job, runtime: Runtime, output: OutputDirectory, progress: Progress, stop: StopRequest
 ) -> None:
-    every = job.config.eval_steps
     first = runtime.global_step
     guard = StepGuard(job.config, runtime, output, progress)
     guard.keep()
     before = runtime.stats()
     began_s = monotonic()
+    commit_s: float | None = None
+    told = False
     while runtime.global_step < job.num_steps:
         step = runtime.global_step
         rate = job.learning_rate(step)
@@ -316,6 +321,9 @@ def _take_steps(
             continue
         after = runtime.stats()
         now_s = monotonic()
+        # Commits run in the background, so this is that of an earlier step.
+        busy_s = after.busy_s.get("commit", 0.0) - before.busy_s.get("commit", 0.0)
+        commit_s = busy_s or commit_s
         report = StepReport(
             step=step + 1,
             loss=value,
@@ -325,20 +333,25 @@ def _take_steps(
             read_nbytes=after.disk_read_nbytes - before.disk_read_nbytes,
             written_nbytes=after.disk_written_nbytes - before.disk_written_nbytes,
             grad_norm=runtime.grad_norm,
+            commit_s=commit_s,
         )
         before, began_s = after, now_s
         # Before the commit: a step that is committed then always has its record.
         output.append_metrics(_record(job, report))
         runtime.step(guard.state)
+        if step == first:
+            # Whatever `save_steps` is: how long it takes shall be known early, and that it works.
+            runtime.commit()
         progress.step(report)
-        if step == first + 1:
-            # Of the second step: the first one warms up, and its commit has been measured by now.
-            progress.line(_stop_time(report.seconds, after.busy_s.get("commit", 0.0)))
+        if not told and step > first and commit_s is not None:
+            # Not of the first step, which warms up.
+            progress.line(_stop_time(report.seconds, commit_s))
+            told = True
         if step + 1 < job.num_steps and guard.keep():
             before, began_s = runtime.stats(), monotonic()
         if stop.requested:
             return
-        if step + 1 == job.num_steps or (every is not None and (step + 1) % every == 0):
+        if _evaluates(job, step + 1):
             _evaluate(job, runtime, output, progress, stop)
 
 
@@ -372,7 +385,13 @@ def _record(job: _Job, report: StepReport) -> dict[str, Any]:
         "disk_read_nbytes": report.read_nbytes,
         "disk_written_nbytes": report.written_nbytes,
         "grad_norm": report.grad_norm,
+        "commit_seconds": report.commit_s,
     }
+
+
+def _evaluates(job: _Job, step: int) -> bool:
+    every = job.config.eval_steps
+    return step in (0, job.num_steps) or (every is not None and step % every == 0)
 
 
 def _evaluate(
@@ -382,8 +401,13 @@ def _evaluate(
     progress: Progress,
     stop: StopRequest | None = None,
 ) -> None:
-    """Record the mean loss over the held-out rows, if there are any; nothing when a stop comes in."""
+    """Record the mean loss over the held-out rows, if there are any; nothing when a stop comes in.
+
+    Once for a step: a run that was ended behind the evaluation has it, one that was ended before it has not.
+    """
     if job.held_out is None:
+        return
+    if any(line["step"] == runtime.global_step and "eval_loss" in line for line in output.read_metrics()):
         return
     tokens = torch.from_numpy(job.held_out.tokens.astype(np.int64))
     total = 0.0

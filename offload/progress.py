@@ -43,6 +43,7 @@ class StepReport:
         read_nbytes: bytes read from drives since then.
         written_nbytes: bytes written to drives since then.
         grad_norm: 2-norm of all gradients, before clipping; None where it was not measured.
+        commit_s: what the last commit took, in the background; None before the first.
     """
 
     step: int
@@ -53,6 +54,7 @@ class StepReport:
     read_nbytes: int
     written_nbytes: int
     grad_norm: float | None = None
+    commit_s: float | None = None
 
 
 class Progress:
@@ -147,11 +149,13 @@ class Progress:
         read = self._smooth("read", report.read_nbytes / seconds)
         written = self._smooth("written", report.written_nbytes / seconds)
         norm = report.grad_norm
+        commit = "" if report.commit_s is None else f"commit {format_time(report.commit_s)}"
+        mark = ", " if commit else ""
         if self._bar is not None:
             shown = "" if norm is None else f"norm {norm:.3g}, "
             self._bar.set_postfix_str(
                 f"loss {report.loss:.4f}, {shown}lr {report.learning_rate:.2e}, {tokens_per_s:,.0f} tok/s, "
-                f"read {read / 1e9:.2f} write {written / 1e9:.2f} GB/s",
+                f"read {read / 1e9:.2f} write {written / 1e9:.2f} GB/s{mark}{commit}",
                 refresh=False,
             )
             self._bar.update(1)
@@ -162,7 +166,7 @@ class Progress:
                 f"step {report.step}/{self._num_steps}  loss {report.loss:.4f}  {shown}"
                 f"lr {report.learning_rate:.2e}  "
                 f"{tokens_per_s:,.0f} tokens/s  read {format_rate(read)}  write {format_rate(written)}  "
-                f"{format_time(left_s)} left"
+                f"{commit}{'  ' if commit else ''}{format_time(left_s)} left"
             )
         else:
             self._smooth("seconds", seconds)

@@ -79,8 +79,7 @@ class Runtime:
         self._grad_norm: float | None = None
         self._snapshots = Snapshots(parts, step)
         self._uncommitted: Mapping[str, Any] | None = None
-        self._skipped = 0
-        self._skipped_in_a_row = 0
+        self._skipped = self._skipped_in_a_row = 0
         self._closed = False
         self.optimizer: StreamedAdamW
         self._streamed: dict[str, StreamedUnit] = {}
@@ -94,8 +93,7 @@ class Runtime:
     ) -> None:
         """Take over the model's units; called once, by `compose.py`."""
         self.optimizer = optimizer
-        self._streamed = dict(streamed)
-        self._hooks = hooks
+        self._streamed, self._hooks = dict(streamed), hooks
         self._step.install(optimizer, self._streamed)
         for unit in self._streamed.values():
             unit.install()
@@ -198,7 +196,7 @@ class Runtime:
         """
         self._check_usable()
         self._step.check_gradients()
-        # A copy, since the commit lags behind the loop that goes on to change its own.
+        # A copy: the commit lags behind the loop that goes on to change its own.
         user = json.loads(json.dumps(dict(state or {})))
         norm = self._measure()
         if norm.not_finite:
@@ -246,6 +244,8 @@ class Runtime:
         if options.on_non_finite == "rollback" and too_many:
             return self.roll_back(f"{reason} ({self._skipped_in_a_row} in a row)", state)
         self._step.give_up()
+        if options.on_non_finite == "stop" or too_many:
+            self._keep_steps()
         if options.on_non_finite == "stop":
             raise StateError(
                 f"step {number}: {reason}; nothing of this step was applied. Lower the learning rate, look"
@@ -281,6 +281,7 @@ class Runtime:
         name = self._snapshots.newest()
         if name is None or self.rollbacks >= limit:
             self._step.give_up()
+            self._keep_steps()
             why = (
                 "there is no snapshot to go back to: take one with runtime.snapshot()"
                 if name is None
@@ -310,8 +311,7 @@ class Runtime:
             OffloadError: background work failed.
         """
         self._check_between_steps("snapshot()")
-        if self._uncommitted is not None:
-            self._commit()
+        self.commit()
         return self._snapshots.take(name, on_progress)
 
     def snapshots(self) -> tuple[SnapshotInfo, ...]:
@@ -345,6 +345,19 @@ class Runtime:
         """
         self._check_usable()
         self._snapshots.drop(name)
+
+    def commit(self) -> None:
+        """Queue a commit of the steps since the last one, whatever `save_steps` says.
+
+        `synchronize` waits for it. Leaving the `with` block in order, between two steps, does the same.
+
+        Raises:
+            StateError: in the middle of a step, or the runtime is closed.
+            OffloadError: background work failed.
+        """
+        self._check_between_steps("commit()")
+        if self._uncommitted is not None:
+            self._commit()
 
     def synchronize(self) -> None:
         """Wait until every queued update and commit is done.
@@ -382,8 +395,7 @@ class Runtime:
 
     def stats(self) -> RuntimeStats:
         """Return totals since the start or `reset_stats`."""
-        counters = self.trace.counters()
-        busy_s = self.trace.busy_s()
+        counters, busy_s = self.trace.counters(), self.trace.busy_s()
         return RuntimeStats(
             steps=self._steps_counted,
             disk_read_nbytes=counters.get("disk_read_nbytes", 0),
@@ -449,9 +461,15 @@ class Runtime:
     ) -> None:
         try:
             if kind is None and not self._closed:
+                if self._uncommitted is not None and not self._step.is_open:
+                    self.commit()
                 self.synchronize()
         finally:
             self.close()
+
+    def _keep_steps(self) -> None:
+        self.commit()  # a run that ends here does not reach its next one
+        self.synchronize()
 
     def _commit(self) -> None:
         assert self._uncommitted is not None
@@ -478,5 +496,5 @@ class Runtime:
 
     def _check_between_steps(self, what: str) -> None:
         self._check_usable()
-        if self._step.has_updates or (what != "parameters_by_unit()" and self._parts.gradients.pending()):
+        if self._step.has_updates or (what != "parameters_by_unit()" and self._step.is_open):
             raise StateError(f"{what} in the middle of a step: call runtime.step() first")

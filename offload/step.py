@@ -93,6 +93,11 @@ class Step:
         """Whether the step has changed weights already."""
         return bool(self._updated)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a backward has run since the last step."""
+        return self.has_updates or bool(self._parts.gradients.pending())
+
     def check_usable(self) -> None:
         """Raise what went wrong in a visit of this step, or in the background.
 

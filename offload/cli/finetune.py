@@ -21,7 +21,8 @@ HELP = """Fine-tune every parameter of a local model whose state need not fit in
 
 Write the keys below into a YAML file, give them as flags, or both: a flag wins. Texts are packed into
 rows; weights and optimizer state are streamed through the budgets from the drives; every step is
-committed. Run the same command again to go on after a stop, a crash or a power cut. The result is a
+committed (with home: host or device, every save_steps-th). Run the same command again to go on after
+a stop, a crash or a power cut; budgets, homes and drives' places may change then. The result is a
 Hugging Face model directory in output_dir/final.
 
 Ctrl-C or SIGTERM once finishes the step, commits it and stops (exit code 130 or 143); twice leaves at

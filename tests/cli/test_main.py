@@ -60,7 +60,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["finetun"], 2, "Did you mean 'finetune'?"),
         (["finetune", "--learnin_rate", "1"], 2, "--learning_rate"),
         (["finetune", "--learning-rat", "1"], 2, "--learning_rate"),
-        (["finetune", "--save_steps", "1"], 2, ELSEWHERE["save_steps"]),
+        (["finetune", "--save_total_limit", "1"], 2, ELSEWHERE["save_total_limit"]),
         (["finetune", "none.yaml"], 2, "error: cannot read the configuration none.yaml: No such file"),
         (["finetune", "--seed", "x"], 2, "seed: 'x' should be a valid integer"),
         (["finetune"], 2, "error: model_name_or_path is missing"),

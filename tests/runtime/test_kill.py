@@ -228,6 +228,25 @@ def test_a_run_that_dies_at_a_point_ends_like_an_unbroken_one(
     assert run.result() == expected
 
 
+# Of the steps since the last commit nothing is left, wherever the records are at home.
+RARELY = [{"save_steps": 3}, {"save_steps": 3, "home": "host"}, {"save_steps": 2, "home": "device"}]
+
+
+@pytest.mark.parametrize("settings", RARELY, ids=str)
+@pytest.mark.parametrize(
+    "point",
+    [("backward", 2), ("write", 5), ("before sync", 2), ("before rename", 1), ("after rename", 2)],
+    ids=lambda point: f"{point[0]} {point[1]}",
+)
+def test_a_run_with_few_commits_that_dies_ends_like_an_unbroken_one(
+    trainer: Trainer, expected: Any, tmp_path: Path, point: tuple[str, int], settings: dict[str, Any]
+) -> None:
+    run = Run(trainer, tmp_path, settings=settings)
+    assert run.attempt(die=point) == -signal.SIGKILL
+    assert run.attempt() == 0
+    assert run.result() == expected
+
+
 def test_clipping_changes_the_run(expected: Any, parked: Any) -> None:
     assert parked[2] != expected[2]
 
