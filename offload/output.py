@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +35,9 @@ __all__ = ["OutputDirectory", "RunPointer"]
 
 CONFIG_NAME = "config.resolved.yaml"
 METRICS_NAME = "metrics.jsonl"
+
+# A block of most file systems; `run.json` is smaller.
+POINTER_NBYTES = 4096
 
 
 class OutputDirectory:
@@ -93,20 +97,24 @@ class OutputDirectory:
             if self.state in (Path(name) for name in pointer.disk) and not self.state.exists():
                 self.state.mkdir(mode=0o700)
                 self._made.append(self.state)
-            self.save_config(config)
+            # First: a start that is killed behind it knows by this file that the others are ours.
             self._write(pointer)
+            self.save_config(config)
         except OSError as error:
+            for name in (POINTER_NAME, CONFIG_NAME):
+                (self.path / name).unlink(missing_ok=True)
             self._remove_made()
-            _fail(error, self.path)
+            _fail(error, self.path, POINTER_NBYTES)
         return pointer
 
     def save_config(self, config: FinetuneConfig) -> None:
         """Write every key with its value, for the user to read and to start from."""
         path = self.path / CONFIG_NAME
+        text = config.to_yaml()
         try:
-            path.write_text(config.to_yaml(), encoding="utf-8")
+            _replace(path, text)
         except OSError as error:
-            _fail(error, path)
+            _fail(error, path, len(text))
 
     def mark_imported(self, pointer: RunPointer, disk: tuple[Path, ...]) -> RunPointer:
         """Note, durably, that the run has a first commit, and where its drives are mounted now."""
@@ -148,11 +156,12 @@ class OutputDirectory:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one record; it is the operating system's when this returns, so a kill does not lose it."""
+        line = json.dumps(record) + "\n"
         try:
             with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(line)
         except OSError as error:
-            _fail(error, self.metrics)
+            _fail(error, self.metrics, len(line))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the records so far."""
@@ -167,14 +176,15 @@ class OutputDirectory:
         except FileNotFoundError:
             return
         except OSError as error:
-            _fail(error, self.metrics)
+            _fail(error, self.metrics, 0)
         kept = [line for line in lines if _step_of(line) <= step]
-        part = self.metrics.with_name(f".{METRICS_NAME}.part")
+        if kept == lines:
+            return
+        text = "".join(kept)
         try:
-            part.write_text("".join(kept), encoding="utf-8")
-            os.replace(part, self.metrics)
+            _replace(self.metrics, text)
         except OSError as error:
-            _fail(error, self.metrics)
+            _fail(error, self.metrics, len(text))
 
     def _update(self, pointer: RunPointer, **changes: Any) -> RunPointer:
         changed = replace(pointer, **changes)
@@ -182,7 +192,7 @@ class OutputDirectory:
             try:
                 self._write(changed)
             except OSError as error:
-                _fail(error, self.path)
+                _fail(error, self.path, POINTER_NBYTES)
         return changed
 
     def _write(self, pointer: RunPointer) -> None:
@@ -205,6 +215,16 @@ def _remove_run(directory: str, run_id: str) -> None:
             raise
 
 
+def _replace(path: Path, text: str) -> None:
+    """Write a file beside `path` that takes its place when it is whole."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _step_of(line: str) -> float:
     """Return a record's step; a torn last line counts as later than every step."""
     if not line.endswith("\n"):
@@ -215,13 +235,20 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _fail(error: OSError, path: Path) -> NoReturn:
+def _fail(error: OSError, path: Path, needed_nbytes: int) -> NoReturn:
     if isinstance(error, StorageError):
         raise error
     where = error.filename or str(path)
     text = f"cannot use output_dir: {where}: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+        free_nbytes = shutil.disk_usage(there).free
         raise DiskFullError(
-            f"{text}; free space, then run the same command again", errno=error.errno, path=where
+            f"{text}: {needed_nbytes:,} bytes needed, {free_nbytes:,} free; free space, then run the"
+            " same command again",
+            errno=error.errno,
+            path=where,
+            asked_nbytes=needed_nbytes,
+            got_nbytes=free_nbytes,
         )
     raise StorageError(f"{text}; name a directory that can be written", errno=error.errno or 0, path=where)

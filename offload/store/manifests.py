@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..errors import CorruptionError, DiskFullError, StorageError
 from .format import Manifest, decode_manifest
+from .room import no_room
 from .rundir import RunDirectory
 
 __all__ = ["Recovered", "find_newest", "heal", "prune", "publish", "stage"]
@@ -90,15 +91,22 @@ def stage(folders: Sequence[RunDirectory], generation: int, data: bytes) -> None
     """Write a manifest durably beside the old ones on every drive, under a temporary name.
 
     Raises:
-        DiskFullError: a drive has no room. What was staged is removed, and it may be tried again.
+        DiskFullError: a drive has no room; says the bytes needed and free. What was staged is removed, and
+            it may be tried again.
     """
     try:
         for folder in folders:
             folder.stage(folder.manifest_name(generation), data)
-    except DiskFullError:
+    except DiskFullError as error:
+        full = folder.path
         for folder in folders:
             folder.discard(folder.manifest_name(generation) + ".tmp")
-        raise
+        raise no_room(
+            full,
+            len(data),
+            what=f"the manifest of generation {generation}",
+            cure=f"generation {generation - 1} stands: free space, then commit again or resume the run",
+        ) from error
 
 
 def publish(folders: Sequence[RunDirectory], generation: int) -> None:

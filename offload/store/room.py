@@ -15,7 +15,7 @@ from ..errors import DiskFullError
 from ..sizes import format_bytes
 from . import files
 
-__all__ = ["check_room", "reserve"]
+__all__ = ["check_room", "no_room", "reserve"]
 
 
 def check_room(directories: Sequence[str], needed_nbytes: Sequence[int], *, what: str, cure: str) -> None:
@@ -54,9 +54,14 @@ def reserve(file: File, directory: str, nbytes: int, *, what: str, cure: str) ->
     try:
         file.allocate(nbytes)
     except DiskFullError as error:
-        with files.storage_errors("examine", directory):
-            free = os.statvfs(directory)
-        raise _full(directory, nbytes, free.f_bavail * free.f_frsize, what, cure) from error
+        raise no_room(directory, nbytes, what=what, cure=cure) from error
+
+
+def no_room(directory: str, needed_nbytes: int, *, what: str, cure: str) -> DiskFullError:
+    """Return the error of what found no room in `directory`, with the bytes needed and free there now."""
+    with files.storage_errors("examine", directory):
+        free = os.statvfs(directory)
+    return _full(directory, needed_nbytes, free.f_bavail * free.f_frsize, what, cure)
 
 
 def _full(directory: str, needed: int, free: int, what: str, cure: str) -> DiskFullError:

@@ -102,7 +102,8 @@ class RunDirectory:
             os.close(parent_fd)
             if error.errno == errno.ENOENT:
                 raise StorageError(
-                    f"{directory} holds no run {run_id}; name the directory it was made in",
+                    f"{directory} holds no run {run_id}; mount its drive there, or name the directory it was"
+                    " made in",
                     errno=errno.ENOENT,
                     path=path,
                 ) from error
