@@ -179,7 +179,6 @@ class DiskGradients:
         """Forget every gradient of the step."""
         self._drop_ahead()
         self._kept.clear()
-        self._in_hand.clear()
 
     def close(self) -> None:
         """Wait for what is in flight; nothing is written any more. The pools must outlive this call."""

@@ -154,16 +154,6 @@ def test_the_next_step_finds_nothing_of_this_one(end: str, bench: Bench) -> None
     assert bench.get("a") == 2
 
 
-def test_a_visit_that_was_given_up_does_not_keep_its_sum_from_being_read_ahead(bench: Bench) -> None:
-    bench.put("a", 1)
-    assert bench.get("a") == 1
-    bench.disk.discard()
-    bench.put("a", 2)
-    bench.disk.close()
-    bench.disk.read_ahead("a")
-    assert bench.holders() == ["a gradient read ahead"]
-
-
 def test_nothing_is_read_ahead_into_the_only_slot(store: Store) -> None:
     bench = Bench(store, 1)
     bench.put("a", 1)
@@ -241,7 +231,7 @@ def test_parts_are_read_in_order_and_given_back_whatever_becomes_of_the_update(b
     lease = bench.disk.lease("a")
     bench.host.view(lease, 0, NBYTES)[:] = memory
     bench.disk.write("a", lease)
-    for _ in range(2):
+    for _ in range(3):
         parts.expect("a")
     for chunk in chunks:
         taken: Any = chunk
@@ -252,6 +242,11 @@ def test_parts_are_read_in_order_and_given_back_whatever_becomes_of_the_update(b
     assert len(slots.in_use()) == 2
     parts.settle()
     assert (slots.in_use(), parts.advance()) == ((), False)
+    parts.expect("a")
+    bench.scratch.close()
+    with pytest.raises(StateError, match="closed"):
+        parts.advance()
+    assert slots.in_use() == ()
 
 
 # -- arrivals ----------------------------------------------------------------------------------
