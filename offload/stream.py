@@ -12,6 +12,12 @@ names, classes, isinstance checks, hooks and attributes that the model reads as 
 [Note: the anchor] Autograd calls a node's backward only if an input requires grad. The first unit
 gets token ids; a scalar that requires grad, given to every call, makes all nodes part of the graph.
 
+[Note: the graph does not own the runtime] A node knows its unit by a weak reference; the model and the
+runtime own it. The runtime keeps the error of a visit that failed, that error its traceback, the
+traceback the frames of the loop, and these the loss, which owns the graph. Through a strong reference
+the graph would own the runtime again, and part of that circle lies in C++, where Python's garbage
+collector does not see it: each failed attempt of a process would stay in memory for good.
+
 Thread rule: forward on the caller's thread, backward on autograd's (the same one on CPU).
 """
 
@@ -308,7 +314,8 @@ class _RunUnit(torch.autograd.Function):
         ctx: Any, streamed: StreamedUnit, call: Call, anchor: torch.Tensor, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         outputs = streamed.run_forward(call, tensors)
-        ctx.streamed, ctx.call = streamed, call
+        # See [Note: the graph does not own the runtime].
+        ctx.streamed, ctx.call = weakref.ref(streamed), call
         ctx.save_for_backward(
             *(None if wants else tensor for tensor, wants in zip(tensors, call.wants_grad, strict=True))
         )
@@ -323,5 +330,10 @@ class _RunUnit(torch.autograd.Function):
                 "backward with create_graph=True: the graph of a streamed unit's gradient is not kept, so a"
                 " gradient of it (a gradient penalty) would be wrong; leave create_graph out"
             )
-        gradients = ctx.streamed.run_backward(ctx.call, ctx.saved_tensors, grad_outputs)
+        streamed = ctx.streamed()
+        if streamed is None:
+            raise StateError(
+                "backward through a model that is gone, as its runtime is: keep them until runtime.step()"
+            )
+        gradients = streamed.run_backward(ctx.call, ctx.saved_tensors, grad_outputs)
         return (None, None, None, *gradients)

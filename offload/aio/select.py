@@ -8,6 +8,7 @@ Nothing is chosen silently, and a name that was asked for is that engine or an e
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import functools
 import logging
@@ -78,7 +79,7 @@ def open_engine(
             refused.append(f"{candidate}: {engine}")
             continue
         _announce(candidate, engine.queue_depth, "; ".join(refused))
-        atexit.register(_close_if_alive, weakref.ref(engine))
+        _alive().add(engine)
         return engine
     raise PlanError(f"no usable I/O engine; {'; '.join(refused)}")
 
@@ -146,7 +147,15 @@ def _announce(name: EngineName, queue_depth: int, refused: str) -> None:
         _log.info("I/O engine: %s, queue depth %d", name, queue_depth)
 
 
-def _close_if_alive(engine: weakref.ref[Engine]) -> None:
-    alive = engine()
-    if alive is not None:
-        alive.close()
+@functools.cache  # one entry with atexit, however many engines are opened
+def _alive() -> weakref.WeakSet[Engine]:
+    """Return the set of this process's engines, all of which are closed when the interpreter ends."""
+    engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+    atexit.register(_close_all, engines)
+    return engines
+
+
+def _close_all(engines: weakref.WeakSet[Engine]) -> None:
+    with contextlib.ExitStack() as closing:  # one that fails keeps none of the others from it
+        for engine in engines:
+            closing.callback(engine.close)
