@@ -120,7 +120,17 @@ def open_drives(
         for folder, nbytes in zip(folders, recovered.manifest.drive_nbytes, strict=True):
             path = folder.path_of(DATA_NAME)
             mode: OpenMode = "r" if read_only else "r+"
-            drive = Drive(folder, engine.open(DATA_NAME, mode, dir_fd=folder.fd), path)
+            try:
+                file = engine.open(DATA_NAME, mode, dir_fd=folder.fd)
+            except StorageError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                raise CorruptionError(
+                    f"{path} is missing, the manifest says {nbytes:,} bytes: it was removed; restore it",
+                    errno=error.errno,
+                    path=path,
+                ) from error
+            drive = Drive(folder, file, path)
             undo.callback(drive.file.close)
             drives.append(drive)
             _check_data_file(drive, nbytes)

@@ -223,6 +223,14 @@ def test_a_data_file_cut_short_is_named(dirs, engine, run_id):
         Store.open(dirs, engine=engine, run_id=run_id)
 
 
+def test_a_data_file_that_is_gone_is_named(dirs, engine, run_id):
+    path = folder(dirs[1], run_id) / "data.bin"
+    path.unlink()
+    with pytest.raises(CorruptionError, match=rf"{path} is missing, the manifest says .* bytes") as caught:
+        Store.open(dirs, engine=engine, run_id=run_id)
+    assert (caught.value.path, path.exists()) == (str(path), False)
+
+
 def test_a_damaged_ownership_file_is_refused(dirs, engine, run_id):
     flip(folder(dirs[1], run_id) / "OFFLOAD_RUN", 60)
     with pytest.raises(CorruptionError, match="OFFLOAD_RUN fails its checksum"):
