@@ -1,4 +1,4 @@
-// Paths and exceptions between C++ and Python. For bind.cc alone; everything here needs the GIL.
+// Paths and exceptions between C++ and Python. For bind*.cc alone; everything here needs the GIL.
 #pragma once
 
 #include <pybind11/pybind11.h>

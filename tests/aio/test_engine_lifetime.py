@@ -172,6 +172,40 @@ def test_the_interpreter_ends_cleanly_with_work_in_flight(engine: Engine, tmp_pa
         assert (tmp_path / "data").read_bytes()[: len(expected)] == expected
 
 
+_DAEMONS = """
+import sys, threading
+from offload.aio import open_engine
+from offload.errors import StateError
+engine = open_engine(ENGINE)
+file = engine.open(sys.argv[1], "x+")
+engine.submit("write", file, bytes(65536), 0).wait()
+started, idle = threading.Semaphore(0), threading.Event()
+def work():
+    buffer = bytearray(65536)
+    try:
+        while True:
+            engine.submit("read", file, buffer, 0).wait()
+            file.size_nbytes
+            started.release()
+    except StateError:  # the engine is closed when the interpreter ends
+        idle.wait()
+for _ in range(24):
+    threading.Thread(target=work, daemon=True).start()
+for _ in range(24):
+    started.acquire()
+"""
+
+
+@pytest.mark.usefixtures("real_files")
+def test_the_interpreter_ends_cleanly_with_daemon_threads_in_calls(engine: Engine, tmp_path: Path) -> None:
+    # One that wanted the interpreter back while it ends was the end of the process.
+    if engine.name == "portable":
+        pytest.skip("no C++; its thread pool is gone before the engine is, and its threads say so")
+    for attempt in range(4):
+        result = run_script(engine.name, _DAEMONS, str(tmp_path / f"data{attempt}"))
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 _FORKED = """
 import os, sys, warnings
 from offload.aio import open_engine
