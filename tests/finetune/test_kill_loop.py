@@ -49,15 +49,17 @@ def kill(make_config: Any, tmp_path: Path, kills: int, *, seed: int, timeout_s: 
     number, at_random, at_points, points = (int(count) for count in counts.groups())
     assert number >= kills
     # It is half and half, and the points are many.
-    assert min(at_random, at_points) > kills // 4 and points > 15
+    assert min(at_random, at_points) > kills // 4 and points > 10
 
 
+# Two halves, for two cores.
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.timeout(600)
-def test_two_hundred_kills_change_nothing(make_config: Any, tmp_path: Path) -> None:
-    kill(make_config, tmp_path, 200, seed=1, timeout_s=500)
+def test_two_hundred_kills_change_nothing(make_config: Any, tmp_path: Path, seed: int) -> None:
+    kill(make_config, tmp_path, 100, seed=seed, timeout_s=500)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(10_000)
 def test_five_thousand_kills_change_nothing(make_config: Any, tmp_path: Path) -> None:
-    kill(make_config, tmp_path, 5000, seed=2, timeout_s=9000)
+    kill(make_config, tmp_path, 5000, seed=3, timeout_s=9000)
