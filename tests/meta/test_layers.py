@@ -285,8 +285,10 @@ def test_the_extensions_do_not_know_each_other(path):
 
 @each_c_source
 def test_only_bindings_see_python(path):
-    """Python is for bind.cc and its parts bind_*.cc, and for headers that these alone include."""
-    if is_binding(path.name) or not [n for n in includes(path) if n.startswith(("pybind11", "Python.h"))]:
+    """Python is for bind.cc and its parts bind_*, and for headers that these alone include."""
+    if not [n for n in includes(path) if n.startswith(("pybind11", "Python.h"))]:
+        return
+    if path.suffix == ".cc" and is_binding(path.name):
         return
     name = str(path.relative_to(CSRC))
     users = {user.name for user in C_SOURCES if name in includes(user)}
@@ -297,5 +299,5 @@ def test_only_bindings_see_python(path):
 
 
 def is_binding(name: str) -> bool:
-    """Whether a source is (a part of) the module as Python sees it."""
-    return name == "bind.cc" or (name.startswith("bind_") and name.endswith(".cc"))
+    """Whether a source or header is (a part of) the module as Python sees it."""
+    return name == "bind.cc" or name.startswith("bind_")
