@@ -115,6 +115,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--disk", type=Path, metavar="DIR", help="where the state may lie")
     parser.add_argument("--quiet", action="store_true", help="a disk in memory instead (root)")
     parser.add_argument("--max-grad-norm", type=float, metavar="X", help="clip by the global norm [do not]")
+    parser.add_argument("--moments", choices=("float32", "8bit"), default="float32", help="[%(default)s]")
     parser.add_argument("--host-memory", default="512MiB", metavar="SIZE", help="[%(default)s]")
     parser.add_argument("--device-memory", default="1GiB", metavar="SIZE", help="[%(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="[%(default)s]")
@@ -156,6 +157,7 @@ class _Trainer:
             device="cpu",
             rows=self._args.micro_batch,
             max_grad_norm=self._args.max_grad_norm,
+            moments=self._args.moments,
             **settings,
         )
         return self.runtime
@@ -356,8 +358,8 @@ def _print(
     rate = format_rate((read_nbytes + written_nbytes) / disk_s)
     clipping = "none" if args.max_grad_norm is None else f"by {args.max_grad_norm:g}, {parked}"
     report.say(
-        f"{opened.label}, {opened.num_parameters:,} parameters, {args.batch} x {args.length} tokens a step;"
-        f" host budget {args.host_memory}, device budget {args.device_memory}. A step reads"
+        f"{opened.label}, {opened.num_parameters:,} parameters, {args.batch} x {args.length} tokens a step,"
+        f" {args.moments} moments; host budget {args.host_memory}, device budget {args.device_memory}. A step reads"
         f" {format_bytes(read_nbytes)} and writes {format_bytes(written_nbytes)}, alone at {rate}. Clipping:"
         f" {clipping}. {'A loop device over memory' if args.quiet else 'Direct I/O, no page cache'}."
         f" {len(rounds)} rounds of {args.steps} timed steps; seconds of a step:"
