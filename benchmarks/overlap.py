@@ -360,8 +360,8 @@ def _print(
     report.say(
         f"{opened.label}, {opened.num_parameters:,} parameters, {args.batch} x {args.length} tokens a step,"
         f" {args.moments} moments; host budget {args.host_memory}, device budget {args.device_memory}."
-        f" A step reads {format_bytes(read_nbytes)} and writes {format_bytes(written_nbytes)}, alone at {rate}. Clipping:"
-        f" {clipping}. {'A loop device over memory' if args.quiet else 'Direct I/O, no page cache'}."
+        f" A step reads {format_bytes(read_nbytes)} and writes {format_bytes(written_nbytes)}, alone at {rate}."
+        f" Clipping: {clipping}. {'A loop device over memory' if args.quiet else 'Direct I/O, no page cache'}."
         f" {len(rounds)} rounds of {args.steps} timed steps; seconds of a step:"
     )
     report.say()
