@@ -1,8 +1,10 @@
 """The file that is measured: one in each directory, nameless from the start, its contents known.
 
 Invariants: the only file touched is the one made here, `offload-bench-<uuid>`; its name is removed as
-soon as it is open, so its space is free again when the process ends, however that happens (a kill in
-the instant between leaves an empty file). What each block must hold is known at every moment.
+soon as it is open, so its space is free again when the process ends, however that happens. A kill in
+the instant between leaves an empty file, which stays: it may be that of a bench that runs. Not O_TMPFILE:
+an engine opens a name, without following links, and may open it a second time for O_DIRECT. What each
+block must hold is known at every moment.
 
 Thread rule: one thread at a time for each file. Buffers belong to the caller.
 """
