@@ -22,6 +22,7 @@ from toy_models import record_bytes
 
 import offload
 import offload.compose
+import offload.store.files
 from offload import AdamWOptions, Runtime
 from offload.aio.sim import Fault, SimDisk, SimEngine, SimFile
 from offload.store import Store, list_runs
@@ -36,10 +37,15 @@ STUCK_S = 3600.0
 
 @dataclass(frozen=True)
 class Config:
-    """A way to run the toy: how many drives, and what `attach` is told beside the usual."""
+    """A way to run the toy: how many drives, and what `attach` is told beside the usual.
+
+    With `snapshots` each attempt takes one behind the first step, if there is none, goes back to it behind
+    the second, and drops it at the end.
+    """
 
     name: str
     num_drives: int = 1
+    snapshots: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -54,6 +60,7 @@ CONFIGS = {
         Config("host", settings={"home": "host", "save_steps": 2}),
         Config("clip", settings={"max_grad_norm": 0.05}),
         Config("8bit", settings={"moments": "8bit"}),
+        Config("snapshots", num_drives=2, snapshots=True),
         # The least that the run can do with: every gradient passes through the one slot of the ring.
         Config(
             "gradients on disk",
@@ -112,6 +119,8 @@ class Machine:
         """Let the runtime use these drives."""
         with pytest.MonkeyPatch.context() as patch, self.small_files.installed():
             patch.setattr(offload.compose, "open_engine", self._open_engine)
+            # Of a data file there is only an empty one with its name.
+            patch.setattr(offload.store.files, "clone_range", lambda *_: False)
             yield
 
     def _open_engine(self, *_: object, **__: object) -> SimEngine:
@@ -246,12 +255,32 @@ def go_on(
             run.first_generation = runtime.generation
             run.generation = max(run.generation, runtime.generation)  # what was found is durable by now
             on_begin(runtime)
-            for step in range(runtime.global_step, last_step):
+            goes_back = config.snapshots
+            while runtime.global_step < last_step:
+                if config.snapshots:
+                    goes_back = use_snapshots(runtime, goes_back)
+                step = runtime.global_step
                 loss = loss_of(model, step)
                 loss.backward()
                 runtime.step({"next": step + 1})
-                run.losses.append(loss.item())
+                # A step done again takes the place of the first time, and of those behind it.
+                del run.losses[max(0, step - run.first_step) :]
+                if step >= run.first_step:
+                    run.losses.append(loss.item())
+            for info in runtime.snapshots():
+                runtime.drop_snapshot(info.name)
             return Trained(run.losses, record_bytes(runtime))
+
+
+def use_snapshots(runtime: Runtime, goes_back: bool) -> bool:
+    """Take the snapshot or go back to it, where this is the place; return whether it is still to go back."""
+    there = [info.name for info in runtime.snapshots() if info.problem is None]
+    if runtime.global_step == 1 and not there:
+        runtime.snapshot("kept")
+    if runtime.global_step != 2 or not goes_back or not there:
+        return goes_back
+    runtime.restore("kept")
+    return False
 
 
 def _noting(commit: Callable[..., int], run: Run) -> Callable[..., int]:
