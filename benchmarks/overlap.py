@@ -357,11 +357,12 @@ def _print(
     disk_s = statistics.median(one["disk"] for one in rounds)
     rate = format_rate((read_nbytes + written_nbytes) / disk_s)
     clipping = "none" if args.max_grad_norm is None else f"by {args.max_grad_norm:g}, {parked}"
+    moved = f"reads {format_bytes(read_nbytes)} and writes {format_bytes(written_nbytes)}, alone at {rate}"
+    drive = "A loop device over memory" if args.quiet else "Direct I/O, no page cache"
     report.say(
         f"{opened.label}, {opened.num_parameters:,} parameters, {args.batch} x {args.length} tokens a step,"
         f" {args.moments} moments; host budget {args.host_memory}, device budget {args.device_memory}."
-        f" A step reads {format_bytes(read_nbytes)} and writes {format_bytes(written_nbytes)}, alone at {rate}."
-        f" Clipping: {clipping}. {'A loop device over memory' if args.quiet else 'Direct I/O, no page cache'}."
+        f" A step {moved}. Clipping: {clipping}. {drive}."
         f" {len(rounds)} rounds of {args.steps} timed steps; seconds of a step:"
     )
     report.say()

@@ -274,7 +274,10 @@ def test_a_disk_that_fills_up_is_reported_and_cleaned(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "posix_fallocate", full)
-    with pytest.raises(DiskFullError, match=r"No space left on device; .* needed \(.* bytes\), .* free \(.* bytes\); nothing was left") as caught:
+    with pytest.raises(
+        DiskFullError,
+        match=r"No space left on device; .* needed \(.* bytes\), .* free \(.* bytes\); nothing was left",
+    ) as caught:
         export(tmp_path / "out", as_units(values()), SHAPES)
     assert caught.value.errno == 28
     assert tree(tmp_path) == {}
