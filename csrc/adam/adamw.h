@@ -53,8 +53,8 @@ struct AdamWCoefficients {
 struct AdamWArrays {
   const void* gradient;
   ElementType gradient_type;
-  // fp32 master weights; or, with a residual, the bf16 high halves of the masters. See offload/codec for
-  // the split: master bits = (high << 16) + sign_extended(residual).
+  // fp32 master weights; or, with a residual, the bf16 high halves of the masters. See
+  // offload/codec for the split: master bits = (high << 16) + sign_extended(residual).
   void* weights;
   std::int16_t* residual;  // Null: the weights are fp32.
   float* exp_avg;
