@@ -249,10 +249,10 @@ def main() -> int:
         got = broken(in_way(config, way, root / "broken"), num_points, seconds, rng, kills)
         shutil.rmtree(root / "broken")
         runs += 1
-        for key in what:
-            if got[key] != what[key]:
-                differing += 1
-                print(f"{way}: {key}: {got[key]} after kills, {what[key]} without", flush=True)
+        wrong = [key for key in what if got[key] != what[key]]
+        differing += bool(wrong)
+        for key in wrong:
+            print(f"{way}: {key}: {got[key]} after kills, {what[key]} without", flush=True)
         if kills.total() >= wanted and runs >= len(WAYS):
             break
     at_random = kills.pop("a random moment", 0)
