@@ -4,7 +4,8 @@ The folder is 0700 and ours; it is opened once, without following a symbolic lin
 is named relative to that descriptor. What the folder may hold is a short list of names; nothing else
 is ever touched.
 
-Thread rule: none of its own; the store calls it from one thread at a time.
+Thread rule: any thread may list the names (a commit does, while another thread looks for snapshots); the
+store calls everything else from one thread at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import errno
 import os
 import re
 import stat
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from uuid import UUID
 
 from ..errors import StorageError
@@ -65,6 +67,7 @@ class RunDirectory:
     parent_fd: int
     fd: int
     lock: RunLock | None = None
+    _listing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
     def create(cls, directory: str, run_id: UUID) -> RunDirectory:
@@ -195,7 +198,8 @@ class RunDirectory:
 
     def names(self) -> list[str]:
         """Return the names of all entries."""
-        with files.storage_errors("list", self.path):
+        # A listing begins where the descriptor stands, and moves it: of two at once, each would lack names.
+        with self._listing, files.storage_errors("list", self.path):
             return os.listdir(self.fd)
 
     def stage(self, name: str, data: bytes) -> None:
