@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from .errors import OffloadError
     from .optim import AdamWOptions
     from .options import RuntimeOptions
-    from .runtime import Runtime, RuntimeStats
+    from .runtime import Runtime
     from .sources import WeightSource
     from .specs import Tier
+    from .stats import RuntimeStats
     from .trace import Tracer
 
 __all__ = [
@@ -44,7 +45,7 @@ _HOMES = {
     "OffloadError": "errors",
     "Runtime": "runtime",
     "RuntimeOptions": "options",
-    "RuntimeStats": "runtime",
+    "RuntimeStats": "stats",
     "Tier": "specs",
     "Tracer": "trace",
     "WeightSource": "sources",

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,40 +30,14 @@ from .placeholders import replace_parameters
 from .plan import MemoryPlan
 from .rng import capture_rng
 from .rollback import Rollback, Snapshots
+from .stats import RuntimeStats
 from .step import Step
 from .store import SnapshotInfo
 from .stream import StreamedUnit
 
-__all__ = ["Runtime", "RuntimeStats"]
+__all__ = ["Runtime"]
 
 _log = logging.getLogger("offload")
-
-
-@dataclass(frozen=True)
-class RuntimeStats:
-    """Totals since the runtime was attached or since `reset_stats`.
-
-    Attributes:
-        steps: optimizer steps.
-        disk_read_nbytes: bytes asked from drives.
-        disk_written_nbytes: bytes given to drives, manifests aside.
-        parked_read_nbytes: of `disk_read_nbytes`, those of gradients parked on disk.
-        parked_written_nbytes: of `disk_written_nbytes`, those of gradients parked on disk.
-        busy_s: seconds in which each link or worker was busy, by track name.
-        stall_s: seconds in which someone waited; included in `busy_s` as "stall".
-        host_high_water_nbytes: the most host memory under lease.
-        device_high_water_nbytes: the most device memory under lease.
-    """
-
-    steps: int
-    disk_read_nbytes: int
-    disk_written_nbytes: int
-    parked_read_nbytes: int
-    parked_written_nbytes: int
-    busy_s: Mapping[str, float]
-    stall_s: float
-    host_high_water_nbytes: int
-    device_high_water_nbytes: int
 
 
 class Runtime:
@@ -395,17 +368,8 @@ class Runtime:
 
     def stats(self) -> RuntimeStats:
         """Return totals since the start or `reset_stats`."""
-        counters, busy_s = self.trace.counters(), self.trace.busy_s()
-        return RuntimeStats(
-            steps=self._steps_counted,
-            disk_read_nbytes=counters.get("disk_read_nbytes", 0),
-            disk_written_nbytes=counters.get("disk_written_nbytes", 0),
-            parked_read_nbytes=counters.get("parked_read_nbytes", 0),
-            parked_written_nbytes=counters.get("parked_written_nbytes", 0),
-            busy_s=busy_s,
-            stall_s=busy_s.get("stall", 0.0),
-            host_high_water_nbytes=self._parts.host_budget.high_water_nbytes,
-            device_high_water_nbytes=self._parts.device_budget.high_water_nbytes,
+        return RuntimeStats.collect(
+            self._steps_counted, self.trace, self._parts.host_budget, self._parts.device_budget
         )
 
     def reset_stats(self) -> None:

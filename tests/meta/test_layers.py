@@ -60,6 +60,7 @@ LAYERS = (
     "parts",
     "step",
     "rollback",  # snapshots of a run, and the way back to one
+    "stats",
     "runtime",
     "compose",
     "hf",
