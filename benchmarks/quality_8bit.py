@@ -30,7 +30,7 @@ from offload.optim import AdamW, default_param_groups
 
 QUESTION = "does training with 8-bit moments end where training with fp32 moments ends?"
 FORMATS = ("float32", "8bit")
-MOST_APART = 0.005
+MOST_ABOVE = 0.005
 # A byte-level Llama of a million parameters: it learns English within minutes on two cores.
 SCRATCH = {
     "vocab_size": 256,
@@ -240,8 +240,9 @@ def _judge(report: Report, task: Task, losses: Mapping[tuple[int, str], Losses],
             )
         )
     report.table(("seed", "before", "fp32 moments", "8-bit moments", "apart"), rows)
-    worst = max(apart, key=abs)
-    report.bar(f"{task.name}: final losses apart, worst of {seeds} seeds", abs(worst), MOST_APART)
+    # Below fp32's is no loss of quality: two runs of one seed part ways as any two trainings do.
+    what = f"{task.name}: final loss above that of fp32 moments, worst of {seeds} seeds"
+    report.bar(what, 100 * max(apart), 100 * MOST_ABOVE, "%")
     report.say()
 
 
