@@ -18,7 +18,7 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run it; the exit status is 1 when one of ours was not handled."""
     args = _parse(argv)
     report = Report(__file__, QUESTION, sys.argv[1:] if argv is None else argv, args.disk)
+    with _errors_only():
+        _compare(args, report)
+    return report.finish(args.save)
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Keep both contenders from warning of every damage; as it was behind it."""
+    log = logging.getLogger("offload")
+    ours, theirs = log.level, transformers.logging.get_verbosity()
+    log.setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
-    logging.getLogger("offload").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(ours)
+        transformers.logging.set_verbosity(theirs)
+
+
+def _compare(args: argparse.Namespace, report: Report) -> None:
     handled = dict.fromkeys(CONTENDERS, 0)
     rows = []
     with tempfile.TemporaryDirectory(dir=args.disk, prefix="offload-damage-") as directory:
@@ -86,7 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report.say()
     report.bar("offload handled", handled["offload"], len(DAMAGES), f"of {len(DAMAGES)}", least=True)
-    return report.finish(args.save)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

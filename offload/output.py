@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,7 +103,9 @@ class OutputDirectory:
             self.save_config(config)
         except OSError as error:
             for name in (POINTER_NAME, CONFIG_NAME):
-                (self.path / name).unlink(missing_ok=True)
+                # The path itself, or a part of it, may be a file.
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    (self.path / name).unlink()
             self._remove_made()
             _fail(error, self.path, POINTER_NBYTES)
         return pointer

@@ -209,7 +209,7 @@ def test_a_commit_without_room_for_its_manifest_may_be_tried_again(dirs, journal
         journal.errno = errno.ENOSPC
         # Two syncs of data files, then the first manifest is created and written.
         journal.fail_at = len(journal.ops) + 3
-        with pytest.raises(DiskFullError, match="injected at content"):
+        with pytest.raises(DiskFullError, match="the manifest of generation 2 needs"):
             store.commit({"step": 2})
         assert store.generation == 1
         assert [path.name for path in dirs[0].rglob("*.tmp")] == []
