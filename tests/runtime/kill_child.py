@@ -14,6 +14,7 @@ its first new step, or during the import for `import`. With `hold` it waits to b
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -33,6 +34,12 @@ from offload.store.rundir import RunDirectory
 POINTS = ("import", "backward", "write", "before sync", "after sync", "before rename", "after rename")
 
 NAME = "gpt2"
+SILENCE_S = 50.0
+
+
+def say(*words: object) -> None:
+    """Write a line in one call: another thread may kill the process in the midst of print's several."""
+    os.write(sys.stdout.fileno(), (" ".join(map(str, words)) + "\n").encode())
 
 
 class Trap:
@@ -112,22 +119,24 @@ def train(disk: str, steps: int, trap: Trap, settings: dict[str, Any]) -> None:
             loss.backward()
             trap.passing("backward")
             runtime.step({"next": step + 1})
-            print("step", step, loss.item().hex(), flush=True)
+            say("step", step, loss.item().hex())
             trap.armed = True
 
 
 def attempt(order: dict[str, Any]) -> None:
-    print("pid", os.getpid(), flush=True)
+    # The test waits a minute for a line. Before that, say what each thread is doing.
+    faulthandler.dump_traceback_later(SILENCE_S, repeat=True)
+    say("pid", os.getpid())
     trap = Trap(*(order["die"] or ("nowhere", 0)))
     set_trap(trap)
     try:
         train(order["disk"], order["steps"], trap, order["settings"])
     finally:
-        print("end", flush=True)
+        say("end")
 
 
 def main() -> None:
-    print("ready", flush=True)
+    say("ready")
     child = 0
     for line in sys.stdin:
         order = json.loads(line)
@@ -142,7 +151,7 @@ def main() -> None:
                 os._exit(1)
         else:
             _, status = os.waitpid(child, 0)
-            print("exit", os.waitstatus_to_exitcode(status), flush=True)
+            say("exit", os.waitstatus_to_exitcode(status))
 
 
 if __name__ == "__main__":

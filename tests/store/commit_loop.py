@@ -5,6 +5,7 @@ Usage: commit_loop.py RUN_ID DIRECTORY...
 
 from __future__ import annotations
 
+import os
 import sys
 
 from store_content import write_all
@@ -13,14 +14,19 @@ from offload.aio import open_engine
 from offload.store import Store
 
 
+def say(word: str, generation: int) -> None:
+    """Write a line in one call: print makes several where Python is unbuffered, and the kill comes between."""
+    os.write(sys.stdout.fileno(), f"{word} {generation}\n".encode())
+
+
 def main(run_id: str, directories: list[str]) -> None:
     with open_engine() as engine, Store.open(directories, engine=engine, run_id=run_id) as store:
-        print("open", store.generation, flush=True)
+        say("open", store.generation)
         while True:
             generation = store.generation + 1
             write_all(store, generation)
             store.commit({"step": generation})
-            print("committed", generation, flush=True)
+            say("committed", generation)
 
 
 if __name__ == "__main__":
