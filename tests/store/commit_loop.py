@@ -15,7 +15,7 @@ from offload.store import Store
 
 
 def say(word: str, generation: int) -> None:
-    """Write a line in one call: print makes several where Python is unbuffered, and the kill comes between."""
+    """Write a line in one call: print makes several where Python is unbuffered; the kill comes between."""
     os.write(sys.stdout.fileno(), f"{word} {generation}\n".encode())
 
 
