@@ -52,12 +52,16 @@ UNIT_FLAGS = {
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ],
     "_sse42.cc": ["-msse4.2", "-mpclmul"],
+    "_vpclmul256.cc": ["-mavx2", "-mpclmul", "-mvpclmulqdq"],
+    "_vpclmul512.cc": ["-mavx512f", "-mpclmul", "-mvpclmulqdq", "-Wno-uninitialized"],
     "_neon.cc": [],  # every AArch64 processor has it
 }
 
 # The suffixes that an architecture builds; a file without any of these suffixes is for all.
 UNITS = {
-    **dict.fromkeys(("x86_64", "amd64"), ("_avx2.cc", "_avx512.cc", "_sse42.cc")),
+    **dict.fromkeys(
+        ("x86_64", "amd64"), ("_avx2.cc", "_avx512.cc", "_sse42.cc", "_vpclmul256.cc", "_vpclmul512.cc")
+    ),
     **dict.fromkeys(("aarch64", "arm64"), ("_neon.cc",)),
 }
 

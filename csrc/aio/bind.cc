@@ -1,10 +1,12 @@
 // The Python module: the engines' handles, which bind_*.cc define, and CRC-32C.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <string_view>
+#include <string>
+#include <vector>
 
 #include "aio/bind_engine.h"
 #include "aio/bind_file.h"
@@ -33,6 +35,16 @@ uint32_t py_crc32c(const py::object& buffer, uint32_t seed) {
   return crc;
 }
 
+uint32_t crc32c_by(const std::string& isa, const py::buffer& data, uint32_t seed) {
+  const py::buffer_info view = data.request();
+  for (const Crc32cIsa& one : crc32c_isas()) {
+    if (one.name != isa) continue;
+    return ~one.update(static_cast<const std::byte*>(view.ptr),
+                       static_cast<size_t>(view.size * view.itemsize), ~seed);
+  }
+  throw py::value_error("this CPU has no crc32c by " + isa);
+}
+
 }  // namespace
 }  // namespace offload::aio
 
@@ -47,13 +59,14 @@ PYBIND11_MODULE(_aio, m) {
 
   m.def("crc32c", &py_crc32c, py::arg("buffer"), py::arg("seed") = 0,
         "CRC-32C of a contiguous buffer, going on from `seed`.");
-  m.def("active_isa", &active_isa, "The instruction set crc32c uses: 'sse4.2' or 'scalar'.");
-  // For the tests: the reference that the fast ones are held against.
   m.def(
-      "_crc32c_scalar",
-      [](const py::bytes& data, uint32_t seed) {
-        const std::string_view view(data);
-        return ~crc32c_scalar(reinterpret_cast<const std::byte*>(view.data()), view.size(), ~seed);
+      "crc32c_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const Crc32cIsa& isa : crc32c_isas()) names.emplace_back(isa.name);
+        return names;
       },
-      py::arg("data"), py::arg("seed") = 0);
+      "The ways to compute crc32c that this CPU has, by their instructions; the first is used.");
+  // For the tests, which hold each against one reference.
+  m.def("_crc32c_by", &crc32c_by, py::arg("isa"), py::arg("data"), py::arg("seed") = 0);
 }

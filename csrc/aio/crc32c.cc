@@ -27,11 +27,18 @@ constexpr Tables make_tables() {
 
 constexpr Tables kTables = make_tables();
 
+std::vector<Crc32cIsa> find_isas() {
+  std::vector<Crc32cIsa> found;
 #if defined(__x86_64__)
-bool has_sse42() noexcept {
-  return __builtin_cpu_supports("sse4.2") != 0 && __builtin_cpu_supports("pclmul") != 0;
-}
+  const bool sse42 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul");
+  const bool wide = sse42 && __builtin_cpu_supports("vpclmulqdq");
+  if (wide && __builtin_cpu_supports("avx512f")) found.push_back({"vpclmul512", crc32c_vpclmul512});
+  if (wide && __builtin_cpu_supports("avx2")) found.push_back({"vpclmul256", crc32c_vpclmul256});
+  if (sse42) found.push_back({"sse4.2", crc32c_sse42});
 #endif
+  found.push_back({"scalar", crc32c_scalar});
+  return found;
+}
 
 }  // namespace
 
@@ -53,18 +60,14 @@ uint32_t crc32c_scalar(const std::byte* data, size_t nbytes, uint32_t state) noe
   return state;
 }
 
-uint32_t crc32c(const std::byte* data, size_t nbytes, uint32_t seed) noexcept {
-#if defined(__x86_64__)
-  if (has_sse42()) return ~crc32c_sse42(data, nbytes, ~seed);
-#endif
-  return ~crc32c_scalar(data, nbytes, ~seed);
+uint32_t crc32c(const std::byte* data, size_t nbytes, uint32_t seed) {
+  static const auto update = crc32c_isas().front().update;
+  return ~update(data, nbytes, ~seed);
 }
 
-const char* active_isa() noexcept {
-#if defined(__x86_64__)
-  if (has_sse42()) return "sse4.2";
-#endif
-  return "scalar";
+const std::vector<Crc32cIsa>& crc32c_isas() {
+  static const std::vector<Crc32cIsa> isas = find_isas();
+  return isas;
 }
 
 }  // namespace offload::aio

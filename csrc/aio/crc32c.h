@@ -3,20 +3,29 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace offload::aio {
 
 // The CRC-32C of `nbytes` at `data`, going on from `seed`: crc32c(b, crc32c(a)) is that of a then
 // b, and the seed of a first call is 0. Uses the best instructions of this CPU.
-uint32_t crc32c(const std::byte* data, size_t nbytes, uint32_t seed) noexcept;
+uint32_t crc32c(const std::byte* data, size_t nbytes, uint32_t seed);
 
-// The instruction set crc32c() uses: "sse4.2" or "scalar".
-const char* active_isa() noexcept;
+// A way to compute it, by the instructions it uses. `update` takes and returns the raw register
+// (neither is inverted).
+struct Crc32cIsa {
+  const char* name;
+  uint32_t (*update)(const std::byte* data, size_t nbytes, uint32_t state) noexcept;
+};
 
-// The implementations behind it; they take and return the raw register (neither is inverted).
+// Those that this CPU has, best first. crc32c() uses the first; the last, "scalar", is everywhere.
+const std::vector<Crc32cIsa>& crc32c_isas();
+
 uint32_t crc32c_scalar(const std::byte* data, size_t nbytes, uint32_t state) noexcept;
 #if defined(__x86_64__)
 uint32_t crc32c_sse42(const std::byte* data, size_t nbytes, uint32_t state) noexcept;
+uint32_t crc32c_vpclmul256(const std::byte* data, size_t nbytes, uint32_t state) noexcept;
+uint32_t crc32c_vpclmul512(const std::byte* data, size_t nbytes, uint32_t state) noexcept;
 #endif
 
 // The polynomial, bit-reversed: bit 31 is x^0.

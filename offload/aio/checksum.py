@@ -1,7 +1,7 @@
 """CRC-32C (Castagnoli; RFC 3720), the checksum of the store: the extension's, or plain Python.
 
-`crc32c` is the extension's where it is installed: about 10 GB/s on one core with SSE 4.2, about
-2 GB/s without. Else it is `crc32c_python`, a table look-up per byte at a few MB/s, which is correct
+`crc32c` is the extension's where it is installed: on one core 30 GB/s from memory with AVX-512, 15 with
+SSE 4.2, 2 without. Else it is `crc32c_python`, a table look-up per byte at a few MB/s, which is correct
 and no more than that. Neither keeps state; the extension's releases the GIL.
 """
 

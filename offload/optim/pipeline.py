@@ -110,12 +110,12 @@ class ChunkPipeline:
         """Return a chunk's bytes, read by now, to be updated in place; `write_back` is next."""
         assert self._taken is None, "the chunk before was not written back"
         staged = self._taken = self._next_staged(owner, chunk)
+        # Keep the drive busy while this chunk is verified and computed.
+        self._read_next()
         staged.ticket.wait()
         ended_s = staged.ticket.finished_s or staged.issued_s
         self._trace.add("disk read", owner, staged.issued_s, ended_s, nbytes=chunk.nbytes)
         self._trace.count("disk_read_nbytes", chunk.nbytes)
-        # Keep the drive busy while this chunk is computed.
-        self._read_next()
         return self._host.view(staged.lease, 0, chunk.nbytes)
 
     def write_back(self, owner: str, chunk: OptimizerChunk) -> None:

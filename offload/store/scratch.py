@@ -153,7 +153,7 @@ class Scratch:
         return ticket
 
     def write(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
-        """Checksum bytes of a record and begin to write them over the ones before.
+        """Begin to write bytes of a record over the ones before, and checksum them.
 
         Args:
             name: the record.
@@ -173,11 +173,11 @@ class Scratch:
             ticket = Ticket(name, [piece], is_write=True, on_failure=self._note_failure)
             earlier = span.record.claim(ticket)
         with submitting(ticket, earlier) as parts:
-            checksums = span.checksums(_GENERATION)
-            with self._lock:
-                version.put(span.first, checksums)
             transfers = span.transfers(version, span.first, span.end, verify=False)
             submit(self._engine, self._drives, "write", parts, transfers)
+            checksums = span.checksums(_GENERATION)  # while the drives are at work
+            with self._lock:
+                version.put(span.first, checksums)
         return ticket
 
     def close(self) -> None:

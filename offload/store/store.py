@@ -225,7 +225,7 @@ class Store:
         return ticket
 
     def write(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
-        """Checksum bytes of a record and begin to write them; the committed ones stay as they are.
+        """Begin to write bytes of a record, and checksum them; the committed ones stay as they are.
 
         A generation that writes any chunk of a record must write all of it before the commit.
 
@@ -247,11 +247,11 @@ class Store:
             ticket = Ticket(name, [piece], is_write=True, on_failure=self._write_failed)
             earlier = span.record.claim(ticket)
         with submitting(ticket, earlier) as parts:
-            checksums = span.checksums(version.generation)
-            with self._lock:
-                version.put(span.first, checksums)
             transfers = span.transfers(version, span.first, span.end, verify=False)
             submit(self._engine, self._drives, "write", parts, transfers)
+            checksums = span.checksums(version.generation)  # while the drives are at work
+            with self._lock:
+                version.put(span.first, checksums)
         return ticket
 
     def commit(self, state: Mapping[str, Any]) -> int:

@@ -30,6 +30,8 @@ _VECTORS = [
 ]
 # Around the block lengths of the three-stream loops (3 x 256 and 3 x 4096 bytes).
 _LENGTHS = [0, 1, 7, 8, 9, 767, 768, 769, 775, 1536, 12287, 12288, 12289, 12288 + 768 + 13, 40000]
+# Around the strides of the vector loops (4 x 32 and 4 x 64 bytes), which begin at two of them.
+_LENGTHS += [127, 128, 255, 256, 257, 383, 384, 385, 511, 512, 513, 519, 640, 767, 1023, 1024, 1025]
 
 
 @pytest.mark.parametrize(("data", "expected"), _VECTORS)
@@ -47,7 +49,8 @@ def test_every_implementation_agrees_at_every_length_and_address(nbytes: int, sh
     if not missing_reason:
         from offload import _aio
 
-        assert _aio._crc32c_scalar(data.tobytes(), 7) == expected
+        for isa in _aio.crc32c_isas():
+            assert _aio._crc32c_by(isa, data, 7) == expected, isa
 
 
 @given(st.binary(max_size=3000), st.binary(max_size=3000), st.integers(0, 2**32 - 1))
@@ -75,9 +78,16 @@ def test_it_takes_any_contiguous_buffer_and_refuses_gaps() -> None:
 
 
 @pytest.mark.skipif(bool(missing_reason), reason=missing_reason)
-def test_the_instruction_set_is_named() -> None:
+def test_every_instruction_set_of_the_cpu_is_used() -> None:
     from offload import _aio
 
-    flags = Path("/proc/cpuinfo").read_text().split()
-    expected = "sse4.2" if "sse4_2" in flags and "pclmulqdq" in flags else "scalar"
-    assert _aio.active_isa() == expected
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    needs = {
+        "vpclmul512": {"avx512f", "vpclmulqdq"},
+        "vpclmul256": {"avx2", "vpclmulqdq"},
+        "sse4.2": {"sse4_2", "pclmulqdq"},
+        "scalar": set(),
+    }
+    assert _aio.crc32c_isas() == [isa for isa, needed in needs.items() if needed <= flags]
+    with pytest.raises(ValueError, match="no crc32c by neon"):
+        _aio._crc32c_by("neon", b"")
