@@ -18,7 +18,7 @@ was wanted, and what to do next.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 __all__ = [
     "CapacityError",
@@ -75,6 +75,19 @@ class StorageError(OffloadError, OSError):
 
     def __str__(self) -> str:
         return self.message
+
+    def restated(self, message: str) -> Self:
+        """Return an error of this kind, number and place with another message; this one is its cause."""
+        error = type(self)(
+            message,
+            errno=self.errno or 0,
+            path=self.path,
+            offset_bytes=self.offset_bytes,
+            asked_nbytes=self.asked_nbytes,
+            got_nbytes=self.got_nbytes,
+        )
+        error.__cause__ = self
+        return error
 
     def __reduce__(self) -> tuple[Any, ...]:
         # OSError keeps errno in a C slot, so __dict__ alone would lose it.

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import CapacityError, CorruptionError, StateError
+from .errors import CapacityError, StateError
 from .parts import Parts
 from .rng import restore_rng
 from .sizes import MIB, format_bytes
@@ -133,8 +133,8 @@ class Snapshots:
     def _state_of(self, store: Store, name: str) -> Mapping[str, Any]:
         for info in store.snapshots():
             if info.name == name:
-                if info.problem is not None:
-                    raise CorruptionError(f"snapshot {name!r} cannot be restored: {info.problem}")
+                if info.error is not None:
+                    raise info.error.restated(f"snapshot {name!r} cannot be restored: {info.error}")
                 assert info.state is not None
                 return info.state
         raise StateError(

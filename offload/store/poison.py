@@ -1,12 +1,16 @@
-"""What keeps the generation being built from being committed. Frozen data; the store sets and lifts it."""
+"""What keeps the generation being built, or a scratch area, from being used. Frozen data; its owner sets it.
+
+A write may fail when nobody waits for it. Whoever comes next is then the first to tell the user, and tells
+what the drive said, with its kind, errno, path and offset: `because_of`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import StateError
+from ..errors import OffloadError, StateError, StorageError
 
-__all__ = ["Poison"]
+__all__ = ["Poison", "because_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,19 +18,42 @@ class Poison:
     """Why the generation being built cannot be committed.
 
     Attributes:
-        reason: for messages.
         cause: the error it began with.
-        permanent: whether a rollback does not help.
+        reason: for messages, where a commit failed; a write did where it is empty.
     """
 
-    reason: str
-    cause: BaseException | None = None
-    permanent: bool = False
+    cause: BaseException
+    reason: str = ""
 
-    def error(self, generation: int, what: str) -> StateError:
+    @property
+    def permanent(self) -> bool:
+        """Whether a rollback does not help."""
+        return bool(self.reason)
+
+    def error(self, generation: int, what: str) -> OffloadError:
         """Return the error for one who wants the generation after the committed `generation` to `what`."""
-        cure = "close the run and open it again" if self.permanent else "roll back"
-        return StateError(
+        if not self.permanent:
+            text = f"generation {generation + 1} cannot {what}; generation {generation} is intact: roll back"
+            return because_of(self.cause, text)
+        # Whoever began the commit was told why.
+        error = StateError(
             f"generation {generation + 1} cannot {what}, because {self.reason}; generation "
-            f"{generation} is intact: {cure}"
+            f"{generation} is intact: close the run and open it again"
         )
+        error.__cause__ = self.cause
+        return error
+
+
+def because_of(cause: BaseException, consequence: str) -> OffloadError:
+    """Return the error of one who meets a write that failed before: of its kind where a drive failed.
+
+    Args:
+        cause: why the write failed.
+        consequence: what cannot be done now, and what to do.
+    """
+    text = f"{str(cause) or type(cause).__name__}; after this failed write, {consequence}"
+    if isinstance(cause, StorageError):
+        return cause.restated(text)
+    error = StateError(text)
+    error.__cause__ = cause
+    return error

@@ -26,6 +26,7 @@ from uuid import uuid4
 from ..aio.engine import Engine
 from ..errors import StateError
 from .drives import Drive
+from .poison import because_of
 from .records import RecordSpec, stripes_of
 from .room import check_room, reserve
 from .rundir import RunDirectory
@@ -132,7 +133,8 @@ class Scratch:
             nbytes: a multiple of the chunk length, or up to the record's end; None is up to the end.
 
         Raises:
-            StateError: never written, a write failed, or the area is closed.
+            StateError: never written, or the area is closed.
+            StorageError: a write failed before; its kind and place, with its error as the cause.
             ValueError: a range or buffer that does not fit.
         """
         span = Span.of(self._record(name), buffer, offset, nbytes)
@@ -162,7 +164,8 @@ class Scratch:
             nbytes: a multiple of the chunk length, or up to the record's end; None is up to the end.
 
         Raises:
-            StateError: a write failed before, or the area is closed.
+            StateError: the area is closed.
+            StorageError: a write failed before; its kind and place, with its error as the cause.
             ValueError: a range or buffer that does not fit.
         """
         span = Span.of(self._record(name), buffer, offset, nbytes)
@@ -216,10 +219,10 @@ class Scratch:
         if self._closed:
             raise StateError("the scratch area is closed: attach the model again")
         if self._failure is not None:
-            raise StateError(
-                f"the scratch area cannot be used further, because a write failed: {self._failure}; what is"
-                " committed is intact: resume the run"
-            ) from self._failure
+            raise because_of(
+                self._failure,
+                "the scratch area cannot be used further; what is committed is intact: resume the run",
+            )
 
 
 def _make(folder: RunDirectory, engine: Engine) -> Drive:

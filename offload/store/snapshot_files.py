@@ -50,17 +50,22 @@ class SnapshotInfo:
 
     Attributes:
         name: its name.
-        problem: why it cannot be restored, None when it looks right; then the other fields are empty.
+        error: why it cannot be restored, None when it looks right; then the other fields are empty.
         generation: the generation it is a copy of; a greater one is a later snapshot.
         nbytes: of its records, on all drives together.
         state: what was committed with the generation.
     """
 
     name: str
-    problem: str | None = None
+    error: StorageError | None = None
     generation: int = 0
     nbytes: int = 0
     state: Mapping[str, Any] | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """The message of `error`."""
+        return None if self.error is None else str(self.error)
 
 
 def list_snapshots(directories: Sequence[str | os.PathLike[str]], run_id: str) -> tuple[SnapshotInfo, ...]:
@@ -91,7 +96,7 @@ def look(folders: Sequence[RunDirectory]) -> tuple[SnapshotInfo, ...]:
         try:
             snapshot = find(folders, name).snapshot
         except StorageError as error:
-            infos.append(SnapshotInfo(name, problem=str(error)))
+            infos.append(SnapshotInfo(name, error))
             continue
         except StateError:
             continue  # Its process removed it in this moment.
@@ -101,7 +106,8 @@ def look(folders: Sequence[RunDirectory]) -> tuple[SnapshotInfo, ...]:
             if name not in data
         ]
         if lacking:
-            infos.append(SnapshotInfo(name, problem=f"{lacking[0]} is missing"))
+            missing = StorageError(f"{lacking[0]} is missing", errno=errno.ENOENT, path=lacking[0])
+            infos.append(SnapshotInfo(name, missing))
         else:
             infos.append(SnapshotInfo(name, None, snapshot.generation, snapshot.nbytes, snapshot.state))
     return tuple(sorted(infos, key=lambda info: (info.generation, info.name)))

@@ -205,7 +205,8 @@ class Store:
             nbytes: a multiple of `chunk_nbytes`, or up to the record's end; None is up to the end.
 
         Raises:
-            StateError: never written, the store is closed, or the record's writes failed.
+            StateError: never written, or the store is closed.
+            StorageError: a write failed before and this would read what was written; its kind and place.
             ValueError: a range or buffer that does not fit.
         """
         span = Span.of(self._record(name), buffer, offset, nbytes)
@@ -236,7 +237,8 @@ class Store:
             nbytes: a multiple of `chunk_nbytes`, or up to the record's end; None is up to the end.
 
         Raises:
-            StateError: immutable and committed, a commit is in progress, poisoned, or closed.
+            StateError: immutable and committed, a commit is in progress or failed, or closed.
+            StorageError: a write failed before; its kind and place, with its error as the cause.
             ValueError: a range or buffer that does not fit.
         """
         span = Span.of(self._record(name), buffer, offset, nbytes)
@@ -266,9 +268,10 @@ class Store:
             The new generation's number.
 
         Raises:
-            StateError: a record is partly written (names it and the chunks), or the generation is poisoned.
+            StateError: a record is partly written (names it and the chunks), or a commit failed before.
             DiskFullError: no room for the manifest. Nothing is lost: make room and commit again.
-            StorageError: a sync or rename failed; the last generation stands, open the run again.
+            StorageError: a write failed before; or a sync or rename did: the last generation stands, open
+                the run again.
             ValueError: `state` is not JSON, or too long.
         """
         state = _as_json(state, "the state")
@@ -339,7 +342,7 @@ class Store:
 
         Raises:
             DiskFullError: no room, with the bytes needed and free; nothing is left behind.
-            StateError: the name is taken, a mutable record was never committed, poisoned, or closed.
+            StateError: the name is taken, a mutable record was never committed, a commit failed, or closed.
             CorruptionError: a committed chunk does not verify; nothing is left behind.
         """
         with self._lock:
@@ -381,7 +384,7 @@ class Store:
             The new generation's number.
 
         Raises:
-            StateError: no such snapshot, poisoned, or closed.
+            StateError: no such snapshot, a commit failed, or closed.
             CorruptionError: the snapshot is damaged; names the file, drive, offset, record and chunk.
         """
         self.rollback()
@@ -446,12 +449,12 @@ class Store:
 
     def _commit_failed(self, error: BaseException) -> None:
         reason = f"the commit of generation {self.generation + 1} did not complete: {error!r}"
-        self._poison = Poison(reason, error, permanent=True)
+        self._poison = Poison(error, reason)
 
     def _write_failed(self, error: BaseException) -> None:
         # Without the lock: a ticket may report while the lock is held, and the first report is enough.
         if self._poison is None:
-            self._poison = Poison(f"a write failed: {error}", error)
+            self._poison = Poison(error)
 
     def _check_sources(self, record: Record, sources: Sequence[tuple[Version, int, int]]) -> None:
         with self._lock:
@@ -468,7 +471,7 @@ class Store:
 
     def _check_poison(self, what: str) -> None:
         if self._poison is not None:
-            raise self._poison.error(self.generation, what) from self._poison.cause
+            raise self._poison.error(self.generation, what)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -203,14 +203,9 @@ class Ticket:
                 self._on_failure(error)
 
     def _located(self, error: StorageError, part: Part) -> StorageError:
-        located = type(error)(
+        located = error.restated(
             f"{error.message} ({'write' if self.is_write else 'read'} of record {self.record}, "
-            f"drive {part.drive}: {part.path})",
-            errno=error.errno or 0,
-            path=part.path,
-            offset_bytes=error.offset_bytes,
-            asked_nbytes=error.asked_nbytes,
-            got_nbytes=error.got_nbytes,
+            f"drive {part.drive}: {part.path})"
         )
-        located.__cause__ = error
+        located.path = part.path
         return located

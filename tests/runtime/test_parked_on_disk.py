@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from toy_models import SETTINGS, build, make_batch, record_bytes
 
 import offload
 from offload import plan
-from offload.errors import CapacityError, CorruptionError, DiskFullError, StateError
+from offload.errors import CapacityError, CorruptionError, DiskFullError, StorageError
 from offload.sizes import align_up
 from offload.store import list_runs
 from offload.store import scratch as scratch_module
@@ -333,9 +334,15 @@ def test_a_gradient_that_cannot_be_written_stops_the_step(tmp_path: Path) -> Non
     settings = {**SMALL, "host_memory": budgets(tmp_path, max_grad_norm=TIGHT)[0], "max_grad_norm": TIGHT}
     model = build(NAME)
     with offload.attach(model, disk=[tmp_path], **settings) as runtime:
-        runtime._parts.disk_gradients._scratch._note_failure(OSError("the drive is gone"))
-        with pytest.raises(StateError, match="a write failed: the drive is gone"):
+        gone = StorageError("the drive is gone", errno=errno.EIO, path="/a/drive", offset_bytes=4096)
+        runtime._parts.disk_gradients._scratch._note_failure(gone)
+        with pytest.raises(StorageError, match="^the drive is gone; after this failed write") as error:
             one_step(model, runtime)
+        assert (error.value.errno, error.value.path, error.value.offset_bytes) == (
+            errno.EIO,
+            "/a/drive",
+            4096,
+        )
         runtime.close()
 
 

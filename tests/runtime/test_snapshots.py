@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import re
@@ -14,7 +15,8 @@ from test_parked_on_disk import SMALL, budgets
 from toy_models import SETTINGS, build, loss_of, make_batch, record_bytes, train
 
 import offload
-from offload.errors import CapacityError, ConfigError, CorruptionError, StateError
+from offload.errors import CapacityError, ConfigError, CorruptionError, StateError, StorageError
+from offload.store import files
 
 NAME = "gpt2"  # It has dropout: other random numbers would be other losses.
 
@@ -153,6 +155,44 @@ def test_a_damaged_snapshot_leaves_the_last_commit(tmp_path: Path) -> None:
     with attach(model, tmp_path, run_id=run_id, resume=True, home="host") as runtime:
         assert runtime.global_step == 4
         assert record_bytes(runtime) == expected
+
+
+@pytest.mark.parametrize("number", [errno.EIO, 0])
+def test_a_snapshot_that_cannot_be_read_is_the_drive_s_error_and_not_damage(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(NAME)
+    real = files.read_file
+
+    def failing(dir_fd: int, name: str, path: str, limit: int) -> bytes:
+        if name == "snapshot-two":
+            raise StorageError(f"cannot read {path}: the drive is gone", errno=number, path=path)
+        return real(dir_fd, name, path, limit)
+
+    with attach(model, tmp_path) as runtime:
+        train(NAME, runtime, model, range(2))
+        runtime.snapshot("two")
+        (path,) = tmp_path.glob("run-*/snapshot-two")
+        monkeypatch.setattr(files, "read_file", failing)
+        with pytest.raises(
+            StorageError, match="snapshot 'two' cannot be restored: cannot read .* is gone"
+        ) as e:
+            runtime.restore("two")
+        assert (type(e.value), e.value.errno, e.value.path) == (StorageError, number, str(path))
+        monkeypatch.undo()
+        runtime.restore("two")
+
+
+def test_a_snapshot_without_its_data_is_a_missing_file(tmp_path: Path) -> None:
+    model = build(NAME)
+    with attach(model, tmp_path) as runtime:
+        train(NAME, runtime, model, range(2))
+        runtime.snapshot("two")
+        (path,) = tmp_path.glob("run-*/snapshot-two.bin")
+        path.unlink()
+        with pytest.raises(StorageError, match=r"snapshot 'two' cannot be restored: .* is missing") as e:
+            runtime.restore("two")
+        assert (type(e.value), e.value.errno, e.value.path) == (StorageError, errno.ENOENT, str(path))
 
 
 def test_the_documented_loop_runs(tmp_path: Path) -> None:

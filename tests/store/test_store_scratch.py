@@ -149,12 +149,16 @@ def test_a_failed_write_ends_its_use_and_not_the_run_s(dirs, specs) -> None:
     with Store.create(dirs, specs, engine=engine, chunk_nbytes=CHUNK) as store:
         with store.scratch(RECORDS, chunk_nbytes=CHUNK) as scratch:
             disk.plan(Fault(len(disk.journal), "EIO"))
-            with pytest.raises(StorageError, match=r"write of record a, drive \d"):
+            with pytest.raises(StorageError, match=r"write of record a, drive \d") as first:
                 scratch.write("a", bytes(RECORDS[0].nbytes)).wait()
-            with pytest.raises(StateError, match="cannot be used further, because a write failed"):
-                scratch.read("a", bytearray(RECORDS[0].nbytes))
-            with pytest.raises(StateError, match="cannot be used further"):
-                scratch.write("b", bytes(4096))
+            # Whoever comes next may be the first to tell the user: of the drive, not of what follows from it.
+            for transfer in (scratch.read, scratch.write):
+                with pytest.raises(StorageError, match="Input/output error.*cannot be used further") as later:
+                    transfer("b", bytearray(4096))
+                assert type(later.value) is type(first.value)
+                for detail in ("errno", "path", "offset_bytes", "asked_nbytes", "got_nbytes"):
+                    assert getattr(later.value, detail) == getattr(first.value, detail)
+                assert later.value.errno == errno.EIO and later.value.__cause__ is first.value
         store.commit({})
 
 
@@ -169,7 +173,7 @@ def test_a_read_behind_a_write_that_fails_meanwhile_is_refused(dirs, specs) -> N
         disk.plan(Fault(len(disk.journal), "EIO"))
         # Of the same bytes, so that what is there passes for what was to be written.
         scratch.write("b", content("b", 1, 4096))
-        with pytest.raises(StateError, match="because a write failed"):
+        with pytest.raises(StorageError, match="write of record b.*cannot be used further"):
             scratch.read("b", bytearray(4096))
 
 

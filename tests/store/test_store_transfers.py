@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 
@@ -323,10 +324,10 @@ def test_a_failed_write_poisons_the_generation_until_rollback(tmp_path):
         with pytest.raises(StorageError):
             store.write("w", bytes(4 * CHUNK)).wait()
         with pytest.raises(
-            StateError, match="generation 2 cannot be continued, because a write failed: it broke"
+            StorageError, match="^it broke.* after this failed write, generation 2 cannot be continued; "
         ):
             store.commit({"step": 2})
-        with pytest.raises(StateError, match="generation 2 cannot be read in record w"):
+        with pytest.raises(StorageError, match="generation 2 cannot be read in record w"):
             store.read("w", bytearray(4 * CHUNK))
         broken.clear()
         store.rollback()
@@ -338,8 +339,13 @@ def test_a_failed_write_poisons_the_generation_until_rollback(tmp_path):
 def test_a_commit_notices_a_failed_write_that_nobody_waited_for(tmp_path):
     with failing_store(tmp_path, lambda op, *_: op == "write") as store:
         store.write("w", bytes(4 * CHUNK))
-        with pytest.raises(StateError, match="it broke"):
+        with pytest.raises(StorageError, match="^it broke.*: roll back$") as error:
             store.commit({})
+        assert (error.value.errno, error.value.path, error.value.asked_nbytes) == (
+            errno.EIO,
+            str(tmp_path / f"run-{store.run_id}" / "data.bin"),
+            4 * CHUNK,
+        )
         assert store.generation == 0
 
 
@@ -362,7 +368,7 @@ def test_a_submission_that_fails_half_way_poisons_and_waits_for_the_rest(dirs):
     with Store.create(dirs, [RecordSpec("w", 2 * CHUNK)], engine=engine, chunk_nbytes=CHUNK) as store:
         with pytest.raises(StateError, match="the file is closed"):
             store.write("w", bytes(2 * CHUNK))
-        with pytest.raises(StateError, match="a write failed: the file is closed"):
+        with pytest.raises(StateError, match="^the file is closed; after this failed write"):
             store.commit({})
         store.rollback()
         assert not store.is_written("w")
