@@ -122,8 +122,8 @@ BUGS = (
     Bug(
         "forgive-a-failed-sync",
         "store/store.py",
-        "        self._poison = Poison(reason, error, permanent=True)\n",
-        "        self._poison = Poison(reason, error)\n",
+        "        self._poison = Poison(error, reason)\n",
+        "        self._poison = Poison(error)\n",
         (_STORE_CRASH,),
     ),
     Bug(

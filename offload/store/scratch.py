@@ -16,7 +16,6 @@ drive.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -30,11 +29,10 @@ from .poison import because_of
 from .records import RecordSpec, stripes_of
 from .room import check_room, reserve
 from .rundir import RunDirectory
-from .span import Span
 from .stripe import Deal, pack_extents
-from .submit import submit, submitting
 from .table import Record
-from .ticket import Piece, Ticket
+from .ticket import Ticket
+from .transfers import Transfers
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -54,8 +52,8 @@ class Scratch:
     def __init__(self, drives: Sequence[Drive], records: Mapping[str, Record], *, engine: Engine) -> None:
         self._drives = tuple(drives)
         self._records = dict(records)
-        self._engine = engine
-        self._lock = threading.Lock()
+        self._transfers = Transfers("the scratch area", self._drives, self._records, engine=engine)
+        self._lock = self._transfers.lock
         self._failure: BaseException | None = None
         self._closed = False
 
@@ -137,22 +135,9 @@ class Scratch:
             StorageError: a write failed before; its kind and place, with its error as the cause.
             ValueError: a range or buffer that does not fit.
         """
-        span = Span.of(self._record(name), buffer, offset, nbytes)
-        if span.view.readonly:
-            raise ValueError(f"the buffer to read record {name} into is read-only")
-        with self._lock:
-            self._check_usable()
-            sources = span.record.newest(span.first, span.end)
-            ticket = Ticket(name, [Piece(0, first, end) for _, first, end in sources], is_write=False)
-            earlier = span.record.claim(ticket)
-        with submitting(ticket, earlier) as parts:
-            with self._lock:
-                # One of the writes waited for may be the one that failed.
-                self._check_usable()
-            for version, first, end in sources:
-                transfers = span.transfers(version, first, end, verify=True)
-                submit(self._engine, self._drives, "read", parts, transfers)
-        return ticket
+        return self._transfers.read(
+            name, buffer, offset, nbytes, allow=lambda record, sources: self._check_usable()
+        )
 
     def write(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
         """Begin to write bytes of a record over the ones before, and checksum them.
@@ -168,20 +153,9 @@ class Scratch:
             StorageError: a write failed before; its kind and place, with its error as the cause.
             ValueError: a range or buffer that does not fit.
         """
-        span = Span.of(self._record(name), buffer, offset, nbytes)
-        with self._lock:
-            self._check_usable()
-            version = span.record.version_to_write(_GENERATION)
-            piece = Piece(0, span.first, span.end)
-            ticket = Ticket(name, [piece], is_write=True, on_failure=self._note_failure)
-            earlier = span.record.claim(ticket)
-        with submitting(ticket, earlier) as parts:
-            transfers = span.transfers(version, span.first, span.end, verify=False)
-            submit(self._engine, self._drives, "write", parts, transfers)
-            checksums = span.checksums(_GENERATION)  # while the drives are at work
-            with self._lock:
-                version.put(span.first, checksums)
-        return ticket
+        return self._transfers.write(
+            name, buffer, offset, nbytes, allow=self._allow_write, on_failure=self._note_failure
+        )
 
     def close(self) -> None:
         """Wait for transfers in flight, then give the space back. Closing twice is harmless."""
@@ -189,7 +163,7 @@ class Scratch:
             if self._closed:
                 return
             self._closed = True
-            tickets = [ticket for record in self._records.values() for ticket in record.in_flight()]
+            tickets = self._transfers.in_flight()
         with ExitStack() as stack:
             for drive in self._drives:
                 stack.callback(drive.file.close)
@@ -204,16 +178,14 @@ class Scratch:
     ) -> None:
         self.close()
 
-    def _record(self, name: str) -> Record:
-        record = self._records.get(name)
-        if record is None:
-            raise StateError(f"the scratch area has no record {name!r} among its {len(self._records)}")
-        return record
-
     def _note_failure(self, error: BaseException) -> None:
         # Without the lock: a ticket may report while it is held, and the first report is enough.
         if self._failure is None:
             self._failure = error
+
+    def _allow_write(self) -> int:
+        self._check_usable()
+        return _GENERATION
 
     def _check_usable(self) -> None:
         if self._closed:

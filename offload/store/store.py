@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -40,10 +39,9 @@ from .scratch import Scratch
 from .snapshot_files import SnapshotInfo
 from .snapshot_files import recover as recover_snapshots
 from .snapshots import Progress, Snapshots
-from .span import Span
-from .submit import submit, submitting
-from .table import Record, Version
-from .ticket import Piece, Ticket
+from .table import Record
+from .ticket import Ticket
+from .transfers import Source, Transfers
 from .verify import VerifyReport, verify_run
 
 if TYPE_CHECKING:
@@ -74,8 +72,9 @@ class Store:
             entry.spec.name: Record.from_entry(self._base.run_id, index, entry, stripe)
             for index, (entry, stripe) in enumerate(zip(self._base.records, stripes, strict=True))
         }
+        self._transfers = Transfers(f"run {self.run_id}", self._drives, self._records, engine=engine)
         self._snapshots = Snapshots(self._drives, self._records, engine=engine, run_id=self._base.run_id)
-        self._lock = threading.Lock()
+        self._lock = self._transfers.lock
         self._committing = False
         self._closed = False
         self._poison: Poison | None = None
@@ -190,8 +189,8 @@ class Store:
 
     def is_written(self, name: str) -> bool:
         """Return whether every byte of a record can be read: committed, or written since."""
+        record = self._transfers.record(name)
         with self._lock:
-            record = self._record(name)
             return record.committed is not None or (record.is_dirty and not record.missing())
 
     def read(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
@@ -209,21 +208,7 @@ class Store:
             StorageError: a write failed before and this would read what was written; its kind and place.
             ValueError: a range or buffer that does not fit.
         """
-        span = Span.of(self._record(name), buffer, offset, nbytes)
-        if span.view.readonly:
-            raise ValueError(f"the buffer to read record {name} into is read-only")
-        with self._lock:
-            self._check_open()
-            sources = span.record.newest(span.first, span.end)
-            pieces = [Piece(version.extent, first, end) for version, first, end in sources]
-            ticket = Ticket(name, pieces, is_write=False)
-            earlier = span.record.claim(ticket)
-        with submitting(ticket, earlier) as parts:
-            self._check_sources(span.record, sources)
-            for version, first, end in sources:
-                transfers = span.transfers(version, first, end, verify=True)
-                submit(self._engine, self._drives, "read", parts, transfers)
-        return ticket
+        return self._transfers.read(name, buffer, offset, nbytes, allow=self._allow_read)
 
     def write(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
         """Begin to write bytes of a record, and checksum them; the committed ones stay as they are.
@@ -241,20 +226,9 @@ class Store:
             StorageError: a write failed before; its kind and place, with its error as the cause.
             ValueError: a range or buffer that does not fit.
         """
-        span = Span.of(self._record(name), buffer, offset, nbytes)
-        with self._lock:
-            self._check_writable()
-            version = span.record.version_to_write(self._base.generation + 1)
-            piece = Piece(version.extent, span.first, span.end)
-            ticket = Ticket(name, [piece], is_write=True, on_failure=self._write_failed)
-            earlier = span.record.claim(ticket)
-        with submitting(ticket, earlier) as parts:
-            transfers = span.transfers(version, span.first, span.end, verify=False)
-            submit(self._engine, self._drives, "write", parts, transfers)
-            checksums = span.checksums(version.generation)  # while the drives are at work
-            with self._lock:
-                version.put(span.first, checksums)
-        return ticket
+        return self._transfers.write(
+            name, buffer, offset, nbytes, allow=self._allow_write, on_failure=self._write_failed
+        )
 
     def commit(self, state: Mapping[str, Any]) -> int:
         """Make everything written since the last commit durable, as one new generation.
@@ -278,12 +252,7 @@ class Store:
         with self._lock:
             self._check_writable()
             self._committing = True
-            writes = [
-                ticket
-                for record in self._records.values()
-                for ticket in record.in_flight()
-                if ticket.is_write
-            ]
+            writes = [ticket for ticket in self._transfers.in_flight() if ticket.is_write]
         try:
             for ticket in writes:
                 ticket.settle()
@@ -309,7 +278,7 @@ class Store:
             self._check_open()
             if self._committing:
                 raise StateError("a commit is in progress; roll back from the thread that commits")
-            tickets = [ticket for record in self._records.values() for ticket in record.in_flight()]
+            tickets = self._transfers.in_flight()
         for ticket in tickets:
             ticket.settle()
         with self._lock:
@@ -426,7 +395,7 @@ class Store:
             if self._closed:
                 return
             self._closed = True
-            tickets = [ticket for record in self._records.values() for ticket in record.in_flight()]
+            tickets = self._transfers.in_flight()
         try:
             for ticket in tickets:
                 ticket.settle()
@@ -441,12 +410,6 @@ class Store:
     ) -> None:
         self.close()
 
-    def _record(self, name: str) -> Record:
-        record = self._records.get(name)
-        if record is None:
-            raise StateError(f"run {self.run_id} has no record {name!r} among its {len(self._records)}")
-        return record
-
     def _commit_failed(self, error: BaseException) -> None:
         reason = f"the commit of generation {self.generation + 1} did not complete: {error!r}"
         self._poison = Poison(error, reason)
@@ -456,10 +419,14 @@ class Store:
         if self._poison is None:
             self._poison = Poison(error)
 
-    def _check_sources(self, record: Record, sources: Sequence[tuple[Version, int, int]]) -> None:
-        with self._lock:
-            if any(version is record.pending for version, _, _ in sources):
-                self._check_poison(f"be read in record {record.spec.name}")
+    def _allow_read(self, record: Record, sources: Sequence[Source]) -> None:
+        self._check_open()
+        if any(version is record.pending for version, _, _ in sources):
+            self._check_poison(f"be read in record {record.spec.name}")
+
+    def _allow_write(self) -> int:
+        self._check_writable()
+        return self._base.generation + 1
 
     def _check_writable(self) -> None:
         self._check_open()
