@@ -37,6 +37,13 @@ soak: setup ## Run the slow tests: real kills, large models, long runs, and copi
 sanitize: setup ## Run the tests of the I/O engine and the kernels, and a stress, under ASan, UBSan and TSan (minutes)
 	$(BIN)/python scripts/sanitize.py
 
+# Seconds for each of the harnesses of tests/fuzz.
+SECONDS ?= 60
+.PHONY: fuzz
+fuzz: setup ## Fuzz every parser of files, SECONDS=60 for each, guided by coverage
+	$(PIP) install --quiet -c constraints.txt -e '.[fuzz]' --no-build-isolation
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/drive.py all --seconds $(SECONDS)
+
 .PHONY: cross
 cross: setup ## Run the NEON kernels under qemu and compare their bits with this machine's
 	$(BIN)/python scripts/cross.py

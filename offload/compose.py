@@ -35,6 +35,7 @@ from .placeholders import placeholder, refuse_load_state_dict, refuse_state_dict
 from .plan import MemoryPlan, plan_memory, shared_owners
 from .records import RecordSet, record_sets, store_records
 from .residents import ResidentRecords
+from .resume_point import count_in, read_resume_point
 from .rng import DeviceRng, capture_rng, restore_rng
 from .runtime import Runtime
 from .schedule import Schedule, completion_order, first_use_order
@@ -370,9 +371,7 @@ def _open_scratch(
 
 
 def _step_of(store: Store) -> int:
-    step = store.state.get("step", 0)
-    assert isinstance(step, int)
-    return step
+    return count_in(store.state, "step", f"run {store.run_id}", default=0)
 
 
 def _recover(parts: Parts) -> Mapping[str, Any]:
@@ -384,10 +383,9 @@ def _recover(parts: Parts) -> Mapping[str, Any]:
         )
     if parts.residents is not None:
         parts.masters.load_residents(parts.records)
-    restore_rng(store.state["rng"])
-    user = store.state["user"]
-    assert isinstance(user, Mapping)
-    return user
+    point = read_resume_point(store.state, f"run {store.run_id}")
+    restore_rng(point.rng)
+    return point.user
 
 
 def _fill(parts: Parts, source: WeightSource, on_progress: OnProgress | None) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -82,8 +83,36 @@ ELSEWHERE = {
 MEMORY_SAVE_STEPS = 100
 
 
+# A configuration has some forty keys; a file longer than this is something else.
+_MAX_FILE_NBYTES = 1 << 20
+# Numbers are steps, seeds and bytes.
+_MAX_NUMBER = 1 << 64
+
+
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key given twice instead of keeping the last."""
+    """A safe YAML loader for flat files: no key twice, no alias of more than a scalar, no odd values.
+
+    An alias of a list can make a few lines stand for more than memory holds.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if not self.check_event(yaml.AliasEvent):
+            return super().compose_node(parent, index)
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(None, None, "* names no single value given before", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            raise yaml.MarkedYAMLError(
+                None, None, f"a value cannot be read as {node.tag}", node.start_mark
+            ) from error
+        if isinstance(value, int) and abs(value) > _MAX_NUMBER:
+            raise yaml.MarkedYAMLError(None, None, "a number is too large", node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -110,7 +139,21 @@ def _none_if_zero(value: float | None) -> float | None:
 
 
 def _expand(value: Any) -> Any:
-    return Path(value).expanduser() if isinstance(value, str) else value
+    try:
+        return Path(_check_path(value)).expanduser() if isinstance(value, str) else value
+    except RuntimeError as error:
+        raise ValueError(f"{value!r:.80}: {error}") from error
+
+
+def _check_path(value: str) -> str:
+    """Return `value` if the operating system could have a file of that name."""
+    try:
+        if "\0" in value:
+            raise ValueError(f"{value!r:.80} has a zero byte, which no path has")
+        os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{value!r:.80} has a character that no path has") from error
+    return value
 
 
 def _print_size(nbytes: int | None) -> str | int | None:
@@ -119,6 +162,7 @@ def _print_size(nbytes: int | None) -> str | int | None:
 
 Size = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(_print_size)]
 UserPath = Annotated[Path, BeforeValidator(_expand)]
+PathText = Annotated[str, AfterValidator(_check_path)]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -137,7 +181,7 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     model_name_or_path: UserPath = Field(description="Local model directory: config.json and safetensors.")
-    train_file: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+    train_file: Annotated[list[PathText], BeforeValidator(_as_list), Field(min_length=1)] = Field(
         description="Text to learn: .txt or .md files, .jsonl with a 'text' field, directories or globs."
     )
     val_size: Annotated[float, Field(ge=0)] = Field(
@@ -288,16 +332,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or is not a YAML mapping.
     """
     try:
-        values = _Loader(path.read_text(encoding="utf-8")).get_single_data()
+        with open(path, "rb") as file:
+            text = file.read(_MAX_FILE_NBYTES + 1)
+        if len(text) > _MAX_FILE_NBYTES:
+            raise ConfigError(f"{path} is longer than {_MAX_FILE_NBYTES:,} bytes: it is no configuration")
+        values = _Loader(text.decode("utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {_problem(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply; write 'key: value' lines") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold 'key: value' lines, and holds a {type(values).__name__}")
     return {str(key): value for key, value in values.items()}
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """Return what is wrong and where; not the line itself, which may hold what is nobody's business."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())[:200]
+    said = ", ".join(part for part in (error.context, error.problem) if part)[:200]
+    mark = error.problem_mark or error.context_mark
+    return said if mark is None else f"{said} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -318,7 +379,7 @@ def _map_names(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             name = ALIASES[name]
         if name not in known:
             near = suggest(name, [*known, *ALIASES])
-            raise ConfigError(f"unknown key {given} in {where}{near or '; see offload finetune --help'}")
+            raise ConfigError(f"unknown key {given:.80} in {where}{near or '; see offload finetune --help'}")
         if name in mapped:
             raise ConfigError(f"{name} is given twice in {where}, once as {given}")
         mapped[name] = value
@@ -331,5 +392,5 @@ def _explain(problem: Any) -> str:
         return f"{key} is missing: give it in the YAML file or as --{key}"
     reason = problem["msg"].removeprefix("Value error, ")
     if reason.startswith("Input "):
-        reason = f"{problem['input']!r} {reason.removeprefix('Input ')}"
+        reason = f"{problem['input']!r:.80} {reason.removeprefix('Input ')}"
     return f"{key}: {reason}"

@@ -29,6 +29,7 @@ _MAX_NAME = 1024
 _MAX_RANK = 8
 _MAX_NUMEL = 1 << 48
 _MAX_CHUNKS = 1 << 20
+_MAX_CHUNK_NUMEL = 1 << 32
 
 _COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,6 +81,8 @@ def read_contents(identity: Mapping[str, Any]) -> Contents:
         # Only those that this version knows: a run begun before one existed has its default.
         known = {field.name for field in fields(RecordFormat)}
         record_format = RecordFormat(**{name: identity[name] for name in known if name in identity})
+        if type(record_format.chunk_numel) is not int or record_format.chunk_numel > _MAX_CHUNK_NUMEL:
+            _refuse(f"a chunk has {record_format.chunk_numel!r:.40} elements")
         compute_dtype = _COMPUTE_DTYPES[identity.get("compute_dtype", "float32")]
         records: dict[str, RecordSet] = {}
         for owner, trainable, frozen in value["units"]:
@@ -106,7 +109,7 @@ def read_contents(identity: Mapping[str, Any]) -> Contents:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"the run says impossible things about what it holds: {error!r}") from error
+        raise ConfigError(f"the run says impossible things about what it holds: {error!r:.300}") from error
 
 
 def tensors_at(records: Mapping[str, RecordSet], record: str, begin: int, end: int) -> tuple[str, ...]:

@@ -218,12 +218,16 @@ def shuffled(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 def _text_of(line: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"train_file: {where} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"train_file: {where} is not JSON: {error!s:.200}") from error
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        keys = f"keys {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
+        keys = f"keys {', '.join(record):.200}" if isinstance(record, dict) else type(record).__name__
         raise ConfigError(f"train_file: {where} has no 'text' string (it has {keys})")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(
+            f"train_file: {where} has half of a surrogate pair in its text, which is no character"
+        )
     return text
 
 

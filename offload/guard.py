@@ -17,6 +17,7 @@ from .config import FinetuneConfig
 from .errors import DiskFullError
 from .output import OutputDirectory
 from .progress import Progress
+from .resume_point import count_in, read_resume_point
 from .rollback import Rollback
 from .runtime import Runtime
 from .spikes import LossSpikes
@@ -42,7 +43,9 @@ class StepGuard:
         self._output = output
         self._progress = progress
         # Runs from before batches could be skipped have seen one a step.
-        self.num_batches = int(runtime.state.get("batches", runtime.global_step))
+        self.num_batches = count_in(
+            runtime.state, "batches", f"run {runtime.run_id}", default=runtime.global_step
+        )
         self._note_rollback()
         self._spikes = self._measured_spikes()
         self._kept_step = self._keep_newest()
@@ -144,7 +147,7 @@ class StepGuard:
         newest = whole[-1]
         self._drop([info.name for info in found if info.name != newest.name])
         assert newest.state is not None
-        return int(newest.state["step"])
+        return count_in(newest.state, "step", f"snapshot {newest.name}")
 
     def _state_of_rollback(self, reason: str) -> dict[str, Any]:
         """Return what to commit if the run goes back now: the data goes on behind this batch."""
@@ -154,7 +157,8 @@ class StepGuard:
     def _went_back(self, done: Rollback) -> None:
         taken = next(info for info in self._runtime.snapshots() if info.name == done.snapshot)
         assert taken.state is not None
-        first = int(taken.state["user"].get("batches", done.step)) + 1
+        user = read_resume_point(taken.state, f"snapshot {taken.name}").user
+        first = count_in(user, "batches", f"snapshot {taken.name}", default=done.step) + 1
         self._kept_step = done.step
         self._output.cut_metrics(done.step)
         self._note_rollback()

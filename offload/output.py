@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -36,6 +37,10 @@ __all__ = ["OutputDirectory", "RunPointer"]
 
 CONFIG_NAME = "config.resolved.yaml"
 METRICS_NAME = "metrics.jsonl"
+
+# What a record of a step has and the loop reads again; larger numbers than this are nobody's.
+_STEP_NUMBERS = ("loss", "seconds", "num_tokens", "disk_read_nbytes", "disk_written_nbytes")
+_MAX_NUMBER = 1e300
 
 # A block of most file systems; `run.json` is smaller.
 POINTER_NBYTES = 4096
@@ -173,15 +178,17 @@ class OutputDirectory:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the records after `step`, which a resumed run will write again, and any torn line."""
+        """Drop the records after `step`, which a resumed run will write again, and what is no record."""
         try:
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            text = self.metrics.read_text(encoding="utf-8", errors="surrogateescape")
         except FileNotFoundError:
             return
         except OSError as error:
             _fail(error, self.metrics, 0)
-        kept = [line for line in lines if _step_of(line) <= step]
-        if kept == lines:
+        # Not splitlines: what somebody else wrote may hold other separators inside a line.
+        lines = text.split("\n")
+        kept = [line + "\n" for line in lines[:-1] if _step_of(line) <= step]
+        if "".join(kept) == text:
             return
         text = "".join(kept)
         try:
@@ -229,13 +236,19 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _step_of(line: str) -> float:
-    """Return a record's step; a torn last line counts as later than every step."""
-    if not line.endswith("\n"):
-        return float("inf")
+    """Return a record's step; a line that is no record of ours counts as later than every step."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        record = json.loads(line) if line.isascii() else None
+    except (ValueError, RecursionError):
+        return math.inf
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
+        return math.inf
+    numbers = [record.get(key) for key in _STEP_NUMBERS if "loss" in record]
+    return record["step"] if all(map(_is_number, numbers)) else math.inf
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _MAX_NUMBER  # not nan either
 
 
 def _fail(error: OSError, path: Path, needed_nbytes: int) -> NoReturn:

@@ -73,5 +73,5 @@ def read_pointer(directory: Path) -> RunPointer | None:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptionError(
-            f"{path} is damaged ({error!r}); restore it, or use another output_dir", path=str(path)
+            f"{path} is damaged ({error!r:.300}); restore it, or use another output_dir", path=str(path)
         ) from error

@@ -19,7 +19,8 @@ from typing import Any
 
 from .errors import CapacityError, StateError
 from .parts import Parts
-from .rng import restore_rng
+from .resume_point import count_in, read_resume_point
+from .rng import check_rng, restore_rng
 from .sizes import MIB, format_bytes
 from .step import Step
 from .store import SnapshotInfo, Store
@@ -59,7 +60,10 @@ class Snapshots:
     def __init__(self, parts: Parts, step: Step) -> None:
         self._parts = parts
         self._step = step
-        self.num_rollbacks = 0 if parts.store is None else int(parts.store.state.get("rollbacks", 0))
+        store = parts.store
+        self.num_rollbacks = (
+            0 if store is None else count_in(store.state, "rollbacks", f"run {store.run_id}", default=0)
+        )
 
     def take(self, name: str, progress: Progress | None) -> SnapshotInfo:
         """Copy what is committed; see `Runtime.snapshot`. Every step done was committed."""
@@ -96,10 +100,12 @@ class Snapshots:
         """
         store = self._store("a snapshot")
         kept = self._state_of(store, name)
+        point = read_resume_point(kept, f"snapshot {name} of run {store.run_id}")
+        check_rng(point.rng)
         self._step.give_up(restoring=True)
         state = {
             **kept,
-            "user": dict(kept["user"] if user is None else user),
+            "user": dict(point.user if user is None else user),
             "rollbacks": self.num_rollbacks + count,
         }
         try:
@@ -109,9 +115,9 @@ class Snapshots:
             self._step.abandon(error)
             raise
         self.num_rollbacks += count
-        self._step.num_done = state["step"]
-        self._parts.progress.committed(state["step"], generation)
-        restore_rng(state["rng"])
+        self._step.num_done = point.step
+        self._parts.progress.committed(point.step, generation)
+        restore_rng(point.rng)
         return state["user"]  # type: ignore[no-any-return]
 
     def _bring_back(

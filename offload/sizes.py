@@ -60,10 +60,12 @@ def parse_bytes(text: str | int) -> int:
         if text < 0:
             raise ValueError(f"a size cannot be negative: {text}")
         return text
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     unit = _UNITS.get(match["unit"].lower()) if match else None
     if match is None or unit is None:
-        raise ValueError(f"not a size: {text!r}; write bytes with a unit, for example 8GiB, 512MiB or 200GB")
+        raise ValueError(
+            f"not a size: {text!r:.80}; write bytes with a unit, for example 8GiB, 512MiB or 200GB"
+        )
     # Decimal: a float would lose the low bits of a long byte count.
     return round(Decimal(match["number"].replace("_", "")) * unit)
 

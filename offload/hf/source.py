@@ -228,7 +228,7 @@ def _shard_names(directory: Path) -> list[str]:
             weight_map = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
             names = sorted({str(name) for name in weight_map.values()})
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{directory / INDEX_NAME} is not an index: {error!r}") from error
+            raise ConfigError(f"{directory / INDEX_NAME} is not an index: {error!r:.300}") from error
         for name in names:
             if SHARD_NAME.fullmatch(name) is None:
                 raise ConfigError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from math import isfinite
 from typing import Any
 from uuid import UUID
 
@@ -111,7 +112,7 @@ def _parse(text: bytes, path: str) -> dict[str, Any]:
     if sum(map(text.count, (b",", b"[", b"{"))) > _MAX_VALUES:
         raise CorruptionError(f"{path} holds more than {_MAX_VALUES:,} values", path=path)
     try:
-        body = json.loads(text, parse_constant=_refuse_constant)
+        body = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise CorruptionError(f"{path} is not JSON: {error}", path=path) from error
     if not isinstance(body, dict):
@@ -121,3 +122,11 @@ def _parse(text: bytes, path: str) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    """Read a number; one that overflows would be infinite, which we never write."""
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError(f"{text:.40} is too large a number")
+    return value

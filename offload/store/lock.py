@@ -22,6 +22,8 @@ __all__ = ["LOCK_NAME", "RunLock", "find_holder"]
 LOCK_NAME = "lock"
 _MAX_NBYTES = 4096
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# PID_MAX_LIMIT of Linux on 64 bits; see proc_sys_kernel(5).
+_MAX_PID = 1 << 22
 _FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 # `find_holder` holds the lock for some microseconds; whoever takes it just then tries again this often.
@@ -130,9 +132,12 @@ def _parse(data: bytes) -> tuple[int, str] | None:
     """Return pid and boot id of the holder, None when the file does not tell."""
     try:
         holder = json.loads(data)
-        return int(holder["pid"]), str(holder["boot_id"])
+        pid, boot_id = holder["pid"], holder["boot_id"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    if type(pid) is not int or not 0 < pid <= _MAX_PID or not isinstance(boot_id, str):
+        return None
+    return pid, boot_id
 
 
 def _boot_id() -> str:

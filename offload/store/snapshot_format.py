@@ -148,10 +148,10 @@ def decode_snapshot(data: bytes, path: str, run_id: UUID, name: str) -> Snapshot
     """
     body, _ = unframe(_KIND, data, path)
     fields = Fields(path, "description of a snapshot")
-    if fields.run_id(body) != run_id or fields.value(body, "name", str) != name:
+    its_run, its_name = fields.run_id(body), fields.value(body, "name", str)
+    if its_run != run_id or its_name != name:
         raise CorruptionError(
-            f"{path} describes snapshot {body['name']!r:.70} of run {body['run_id']}, which is not what its "
-            "name says",
+            f"{path} describes snapshot {its_name!r:.70} of run {its_run}, which is not what its name says",
             path=path,
         )
     generation = fields.number(body, "generation", 1, MAX_GENERATION)

@@ -29,6 +29,7 @@ LAYERS = (
     "store",
     "device",
     "rng",
+    "resume_point",
     "placeholders",
     "sources",
     "codec",
