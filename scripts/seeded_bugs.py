@@ -122,7 +122,7 @@ BUGS = (
     Bug(
         "forgive-a-failed-sync",
         "store/store.py",
-        "        self._poison = Poison(error, reason)\n",
+        "        self._poison = Poison(error, permanent=True)\n",
         "        self._poison = Poison(error)\n",
         (_STORE_CRASH,),
     ),

@@ -205,7 +205,8 @@ class Store:
 
         Raises:
             StateError: never written, or the store is closed.
-            StorageError: a write failed before and this would read what was written; its kind and place.
+            StorageError: a write or commit failed before, and this would read what was written since the
+                last commit; its kind and place.
             ValueError: a range or buffer that does not fit.
         """
         return self._transfers.read(name, buffer, offset, nbytes, allow=self._allow_read)
@@ -222,8 +223,8 @@ class Store:
             nbytes: a multiple of `chunk_nbytes`, or up to the record's end; None is up to the end.
 
         Raises:
-            StateError: immutable and committed, a commit is in progress or failed, or closed.
-            StorageError: a write failed before; its kind and place, with its error as the cause.
+            StateError: immutable and committed, a commit is in progress, or closed.
+            StorageError: a write or commit failed before; its kind and place, with its error as the cause.
             ValueError: a range or buffer that does not fit.
         """
         return self._transfers.write(
@@ -242,10 +243,10 @@ class Store:
             The new generation's number.
 
         Raises:
-            StateError: a record is partly written (names it and the chunks), or a commit failed before.
+            StateError: a record is partly written (names it and the chunks),.
             DiskFullError: no room for the manifest. Nothing is lost: make room and commit again.
-            StorageError: a write failed before; or a sync or rename did: the last generation stands, open
-                the run again.
+            StorageError: a write or commit failed before; or a sync or rename did: the last generation
+                stands, open the run again.
             ValueError: `state` is not JSON, or too long.
         """
         state = _as_json(state, "the state")
@@ -311,7 +312,7 @@ class Store:
 
         Raises:
             DiskFullError: no room, with the bytes needed and free; nothing is left behind.
-            StateError: the name is taken, a mutable record was never committed, a commit failed, or closed.
+            StateError: the name is taken, a mutable record was never committed, or closed.
             CorruptionError: a committed chunk does not verify; nothing is left behind.
         """
         with self._lock:
@@ -353,7 +354,7 @@ class Store:
             The new generation's number.
 
         Raises:
-            StateError: no such snapshot, a commit failed, or closed.
+            StateError: no such snapshot, or closed.
             CorruptionError: the snapshot is damaged; names the file, drive, offset, record and chunk.
         """
         self.rollback()
@@ -411,8 +412,7 @@ class Store:
         self.close()
 
     def _commit_failed(self, error: BaseException) -> None:
-        reason = f"the commit of generation {self.generation + 1} did not complete: {error!r}"
-        self._poison = Poison(error, reason)
+        self._poison = Poison(error, permanent=True)
 
     def _write_failed(self, error: BaseException) -> None:
         # Without the lock: a ticket may report while the lock is held, and the first report is enough.

@@ -139,6 +139,8 @@ def test_a_sample_of_faults_gives_the_same_run_or_a_clean_error(
     # Both must have been met, or the loop shows nothing.
     assert outcomes["identical"] > num_cases // 10
     assert outcomes["StorageError"] > num_cases // 10
+    # The drive's own error, with errno and path, and not what follows from it on another thread.
+    assert outcomes["StateError"] == 0
 
 
 def test_every_gradient_is_on_disk_where_the_configuration_says_so(tmp_path: Path) -> None:
