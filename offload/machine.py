@@ -64,6 +64,7 @@ class DriveSpeed:
         write_bytes_per_s: median, completion included, flush (fdatasync) included.
         mixed_bytes_per_s: reads and writes at once, half each, their sum; None when not measured.
         cpu_s_per_gb: CPU seconds of this process for each 10^9 bytes read.
+        capacity_nbytes: of the drive; not measured, for machines that are only described.
     """
 
     path: str
@@ -76,6 +77,7 @@ class DriveSpeed:
     write_bytes_per_s: float
     mixed_bytes_per_s: float | None = None
     cpu_s_per_gb: float | None = None
+    capacity_nbytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,7 @@ class DeviceSpeed:
         both_ways_bytes_per_s: sum of both, at once, page-locked.
         pageable_to_device_bytes_per_s: from ordinary memory.
         device_to_pageable_bytes_per_s: into ordinary memory.
+        flops_per_s: operations that training sustains in bf16; not measured, None where nobody said.
     """
 
     name: str
@@ -114,6 +117,7 @@ class DeviceSpeed:
     both_ways_bytes_per_s: float
     pageable_to_device_bytes_per_s: float
     device_to_pageable_bytes_per_s: float
+    flops_per_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from .schedule import Pass, Phase, Schedule, first_use_order, window_slots
 from .sizes import align_down, align_up, format_bytes
 from .specs import Tier
 
-__all__ = ["MemoryPlan", "plan_memory", "shared_owners"]
+__all__ = ["MemoryPlan", "plan_memory", "shared_owners", "smallest_plan"]
 
 SLOT_ALIGNMENT_NBYTES = 4096
 
@@ -188,6 +188,53 @@ def plan_memory(
         return plan
     rest = align_down(host_limit_nbytes - plan.host_nbytes, SLOT_ALIGNMENT_NBYTES)
     return replace(plan, activations_nbytes=plan.activations_nbytes + rest)
+
+
+def smallest_plan(
+    schedule: Schedule,
+    records: Mapping[str, RecordSet],
+    *,
+    trains: Mapping[str, tuple[str, ...]],
+    home: Tier,
+    gradient_itemsize: int,
+    micro_gradients: bool,
+    activations_nbytes: int,
+    parks: bool = False,
+    parks_on_disk: bool = False,
+) -> MemoryPlan:
+    """Return the plan of the least memory: where it does not fit, `plan_memory` refuses.
+
+    Args:
+        schedule: and the rest: see `plan_memory`.
+    """
+    window, updates, staging = list(_depths(home))[-1]
+    plan = _plan_at(
+        schedule,
+        records,
+        trains=trains,
+        home=home,
+        window=window,
+        updates=updates,
+        staging=staging,
+        gradient_itemsize=gradient_itemsize,
+        micro_gradients=micro_gradients,
+        activations_nbytes=activations_nbytes,
+        parks=parks,
+        reserve=_device_reserve(records),
+    )
+    if not (parks and parks_on_disk):
+        return plan
+    on_disk = _with_gradients_on_disk(
+        plan,
+        records,
+        order=first_use_order(schedule.order, trains),
+        shared=shared_owners(trains),
+        itemsize=gradient_itemsize,
+        host_limit_nbytes=0,
+        spare_nbytes=0,
+    )
+    # Of a few small gradients, the slots that they pass through can be more than they are.
+    return min(plan, on_disk, key=lambda one: one.host_nbytes)
 
 
 def shared_owners(trains: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import torch
 from offload.codec import RecordFormat
 from offload.errors import CapacityError
 from offload.gradient_homes import PartLayout, choose_homes
-from offload.plan import MemoryPlan, plan_memory
+from offload.plan import MemoryPlan, plan_memory, smallest_plan
 from offload.records import record_sets
 from offload.schedule import Schedule
 from offload.specs import TensorSpec, Tier, UnitLayout
@@ -262,3 +262,30 @@ def test_a_plan_says_where_parked_gradients_wait() -> None:
     assert disk.describe_parked().endswith(
         "0 B parked in host memory, 28.0 MiB on disk, written and read once a step"
     )
+
+
+@pytest.mark.parametrize("home", list(Tier))
+@pytest.mark.parametrize("parks", [False, True])
+def test_the_smallest_plan_is_where_a_refusal_begins(home: Tier, parks: bool) -> None:
+    layouts = [
+        UnitLayout(name, (TensorSpec(f"{name}.weight", (numel,), 0),)) for name, numel in NUMELS.items()
+    ]
+    needs = {name: (name,) for name in NUMELS} | {"head": ("embed",)}
+    least = smallest_plan(
+        Schedule((*NUMELS, "head"), needs),
+        record_sets(layouts, RecordFormat("bfloat16", MIB), torch.float32),
+        trains=needs,
+        home=home,
+        gradient_itemsize=4,
+        micro_gradients=False,
+        activations_nbytes=MIB,
+        parks=parks,
+        parks_on_disk=parks,
+    )
+    device = least.device_nbytes + least.device_reserve_nbytes
+    settings = {"home": home, "parks": parks, "parks_on_disk": parks}
+    assert plan(least.host_nbytes, device, **settings).host_nbytes <= least.host_nbytes
+    with pytest.raises(CapacityError, match="host_memory"):
+        plan(least.host_nbytes - 1, device, **settings)
+    with pytest.raises(CapacityError, match="device_memory"):
+        plan(least.host_nbytes, device - 1, **settings)

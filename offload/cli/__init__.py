@@ -24,6 +24,7 @@ from .bench import bench_command
 from .clean import clean_command
 from .export import export_command
 from .finetune import finetune_command
+from .plan import plan_command
 from .runs import runs_command
 from .verify import verify_command
 
@@ -61,6 +62,7 @@ def _make_app() -> typer.Typer:
     either = {"token_normalize_func": lambda name: name.replace("-", "_")}
     app.command("finetune", context_settings=either)(finetune_command())
     app.command("bench", context_settings=either)(bench_command())
+    app.command("plan", context_settings=either)(plan_command())
     app.command("runs", context_settings=either)(runs_command())
     app.command("verify", context_settings=either)(verify_command())
     app.command("export", context_settings=either)(export_command())

@@ -43,12 +43,14 @@ class Table:
     Attributes:
         columns: headings, with their units. The first column holds words, the others figures.
         rows: cells, as many as there are columns.
-        marked: indices of the rows with the best setting.
+        marked: indices of the rows that stand out: those with the best setting.
+        mark: the word beside them.
     """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     marked: frozenset[int] = frozenset()
+    mark: str = "best"
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ def _table_lines(table: Table) -> Iterator[str]:
             cell.rjust(width) if place else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        mark = "  <- best" if index - 1 in table.marked else ""
+        mark = f"  <- {table.mark}" if index - 1 in table.marked else ""
         yield ("    " + "  ".join(cells) + mark).rstrip()
 
 
@@ -95,5 +95,5 @@ def _rich_table(table: Table) -> RichTable:
     for index, row in enumerate(table.rows):
         marked = index in table.marked
         cells = [escape(cell) for cell in row]
-        drawn.add_row(*cells, "best" if marked else "", style="bold green" if marked else None)
+        drawn.add_row(*cells, table.mark if marked else "", style="bold green" if marked else None)
     return drawn

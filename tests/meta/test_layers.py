@@ -78,6 +78,7 @@ LAYERS = (
     "finetune",
     "generate",
     "report",
+    "planner",  # pure: what a run would cost; calls plan as compose does
     "cli",
 )
 

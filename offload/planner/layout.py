@@ -1,0 +1,269 @@
+"""Lays one choice of home, formats and rows out on a machine: a plan, or what it lacks. Pure.
+
+The memory is laid out by the runtime's own `plan_memory`, called as `offload.attach` calls it, so what fits
+here fits there. Two things come on top that the runtime finds out by running: the saved inputs of the
+whole batch, and torch's temporaries on the device. Room for the first is asked for (`activations_nbytes`)
+where the runtime's share would not do; the second is kept off the device budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..compose import DEFAULT_ACTIVATIONS_NBYTES
+from ..config import MEMORY_SAVE_STEPS
+from ..device.cuda_staging import STAGING_NBYTES
+from ..errors import CapacityError
+from ..gradient_homes import PartLayout
+from ..options import RuntimeOptions
+from ..plan import MemoryPlan, plan_memory, smallest_plan
+from ..records import RecordSet, record_sets, store_records
+from ..sizes import MIB, align_down, align_up, format_bytes
+from ..specs import MomentDType, Tier
+from .model import ModelFacts
+from .plan import Lack, TrainingPlan
+from .question import Question
+from .times import link_times, step_seconds
+from .traffic import step_traffic
+from .work import saved_inputs_nbytes, step_flops, temporaries_nbytes
+
+__all__ = ["Choice", "lay_out", "row_choices"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is chosen for a run.
+
+    Attributes:
+        home: where records rest.
+        moments: how AdamW's moments are stored.
+        rows: of a micro-batch; None computes the whole batch at once.
+    """
+
+    home: Tier
+    moments: MomentDType
+    rows: int | None
+
+
+def row_choices(question: Question) -> tuple[int | None, ...]:
+    """Return the micro-batches worth trying, the largest first: the device works best on many rows.
+
+    Those that the user left open are the batch at once, and what divides it: a loop asks for whole ones.
+    """
+    if question.rows is not None:
+        return (None,) if question.rows == question.batch else (question.rows,)
+    return (None, *(rows for rows in range(question.batch // 2, 0, -1) if question.batch % rows == 0))
+
+
+def lay_out(question: Question, model: ModelFacts, choice: Choice) -> TrainingPlan | Lack:
+    """Return the plan of a choice, or the first tier that is too small for it."""
+    options = _options(question, choice)
+    setup = _Setup(question, model, choice, options)
+    lack = _lack_of_memory(setup) or _lack_of_room(setup, ())
+    if lack is not None:
+        return lack
+    memory, asks = _plan(setup)
+    lack = _lack_of_room(setup, memory.parked_on_disk)
+    if lack is not None:
+        return lack
+    if asks:
+        options = replace(options, activations_nbytes=setup.saved_nbytes)
+    return _finish(setup, options, memory)
+
+
+class _Setup:
+    """Figures of a choice that several steps need."""
+
+    def __init__(
+        self, question: Question, model: ModelFacts, choice: Choice, options: RuntimeOptions
+    ) -> None:
+        self.question = question
+        self.model = model
+        self.options = options
+        self.records = record_sets(
+            (unit.layout for unit in model.units), options.record_format, options.torch_compute_dtype
+        )
+        self.schedule = model.schedule(wraps=not options.parks)
+        itemsize = options.torch_compute_dtype.itemsize
+        self.saved_nbytes = saved_inputs_nbytes(model, question.batch, question.length, itemsize)
+        rows = choice.rows or question.batch
+        self.temporaries_nbytes = temporaries_nbytes(model, question.batch, rows, question.length, itemsize)
+        # A GPU's copies that change the dtype pass through buffers of their own.
+        self.staging_nbytes = 0 if question.machine.device is None else 2 * STAGING_NBYTES
+
+    @property
+    def memory_settings(self) -> Mapping[str, Any]:
+        """What the runtime gives its memory plan, beside budgets."""
+        options = self.options
+        return {
+            "trains": self.model.trains,
+            "home": options.resolved_home,
+            "gradient_itemsize": options.torch_gradient_dtype.itemsize,
+            "micro_gradients": options.sums_wide,
+            "parks": options.parks,
+            "parks_on_disk": bool(options.disk),
+        }
+
+    @property
+    def arena_limit_nbytes(self) -> int:
+        """What is left of the device budget for the runtime's slots and the largest gradient."""
+        left = self.question.device_memory - self.staging_nbytes - self.temporaries_nbytes
+        return align_down(left, MIB)
+
+
+def _options(question: Question, choice: Choice) -> RuntimeOptions:
+    apart = 1 if choice.home is Tier.DISK else MEMORY_SAVE_STEPS
+    return RuntimeOptions(
+        disk=tuple(drive.path for drive in question.machine.drives),
+        home=choice.home,
+        host_memory=question.host_memory,
+        device_memory=question.device_memory,
+        device="cpu" if question.machine.device is None else "cuda",
+        dtype=question.dtype,
+        moments=choice.moments,
+        compute_dtype=question.compute,
+        rows=choice.rows,
+        max_grad_norm=question.max_grad_norm,
+        gradient_dtype=question.gradient_dtype,
+        save_steps=question.save_steps or apart,
+    )
+
+
+def _plan(setup: _Setup) -> tuple[MemoryPlan, bool]:
+    """Return the memory that the runtime would lay out, and whether it must be told of the saved inputs."""
+    memory = _plan_memory(setup, DEFAULT_ACTIVATIONS_NBYTES, fill=True)
+    if memory is not None and memory.activations_nbytes >= setup.saved_nbytes:
+        return memory, False
+    memory = _plan_memory(setup, setup.saved_nbytes, fill=False)
+    assert memory is not None, "the smallest plan fits"
+    return memory, True
+
+
+def _plan_memory(setup: _Setup, activations_nbytes: int, *, fill: bool) -> MemoryPlan | None:
+    try:
+        return plan_memory(
+            setup.schedule,
+            setup.records,
+            host_limit_nbytes=setup.question.host_memory,
+            device_limit_nbytes=setup.arena_limit_nbytes,
+            activations_nbytes=activations_nbytes,
+            fill_activations=fill,
+            **setup.memory_settings,
+        )
+    except CapacityError:
+        # What the runtime keeps for saved inputs by itself may be more than this batch saves.
+        return None
+
+
+def _finish(setup: _Setup, options: RuntimeOptions, memory: MemoryPlan) -> TrainingPlan:
+    question, model = setup.question, setup.model
+    traffic = step_traffic(setup.schedule, setup.records, model.trains, options, memory, setup.saved_nbytes)
+    flops = step_flops(model, question.batch, question.length)
+    links = link_times(question.machine, traffic, flops, question.speed)
+    step_s, bottleneck = step_seconds(links, commits_apart=memory.home is not Tier.DISK)
+    written = traffic.disk_written_nbytes
+    steps = None
+    if question.tbw_nbytes is not None and written:
+        steps = len(question.machine.drives) * question.tbw_nbytes / written
+    return TrainingPlan(
+        # The runtime gets what is left beside the temporaries, and so lays out the same memory.
+        options=replace(options, device_memory=setup.arena_limit_nbytes + setup.staging_nbytes),
+        memory=memory,
+        batch=question.batch,
+        length=question.length,
+        num_parameters=model.num_parameters,
+        traffic=traffic,
+        links=links,
+        step_s=step_s,
+        bottleneck=bottleneck,
+        host_nbytes=memory.host_nbytes - memory.activations_nbytes + setup.saved_nbytes,
+        device_nbytes=memory.device_nbytes
+        + memory.device_reserve_nbytes
+        + setup.staging_nbytes
+        + setup.temporaries_nbytes,
+        temporaries_nbytes=setup.temporaries_nbytes,
+        drive_nbytes=_drive_nbytes(setup, memory.parked_on_disk),
+        step_written_nbytes=written,
+        steps_to_tbw=steps,
+        notes=_notes(setup, options),
+    )
+
+
+def _notes(setup: _Setup, options: RuntimeOptions) -> tuple[str, ...]:
+    notes = []
+    question = setup.question
+    if question.speed is None:
+        notes.append(
+            "nothing is known of how fast the device computes, so the time is that of the links alone: give"
+            " --tflops"
+        )
+    if question.machine.memory_bytes_per_s is None:
+        notes.append(
+            "the speed of host memory is not known, so neither it nor AdamW is in the time: measure it with"
+            " 'offload bench'"
+        )
+    if options.activations_nbytes is not None:
+        notes.append(
+            f"saved inputs need {format_bytes(setup.saved_nbytes)}, more than a run would leave them by"
+            f" itself: offload.attach needs activations_nbytes={setup.saved_nbytes}"
+        )
+    limit = setup.model.max_positions
+    if limit is not None and question.length > limit:
+        notes.append(f"rows of {question.length} tokens are longer than the model's {limit} positions")
+    return tuple(notes)
+
+
+# -- what is lacking -----------------------------------------------------------------------------
+
+
+def _lack_of_memory(setup: _Setup) -> Lack | None:
+    least = smallest_plan(
+        setup.schedule, setup.records, activations_nbytes=setup.saved_nbytes, **setup.memory_settings
+    )
+    device = least.device_nbytes + least.device_reserve_nbytes
+    if device > setup.arena_limit_nbytes:
+        needed = align_up(device + setup.staging_nbytes + setup.temporaries_nbytes, MIB)
+        return Lack(Tier.DEVICE, needed, setup.question.device_memory, _device_reason(setup))
+    if least.host_nbytes > setup.question.host_memory:
+        return Lack(Tier.HOST, least.host_nbytes, setup.question.host_memory, _host_reason(setup))
+    return None
+
+
+def _lack_of_room(setup: _Setup, parked: tuple[str, ...]) -> Lack | None:
+    known = [nbytes for nbytes in setup.question.room_nbytes if nbytes is not None]
+    needed = _drive_nbytes(setup, parked)
+    if not known or not setup.options.disk or needed <= min(known):
+        return None
+    kept = "every mutable record twice, so that a commit never overwrites the one before"
+    return Lack(Tier.DISK, needed, min(known), kept)
+
+
+def _drive_nbytes(setup: _Setup, parked: tuple[str, ...]) -> int:
+    """Return what the state takes on each drive; manifests, some kilobytes, are left out."""
+    if not setup.options.disk:
+        return 0
+    nbytes = sum(spec.nbytes * (2 if spec.mutable else 1) for spec in store_records(setup.records))
+    layout = PartLayout(setup.options.chunk_numel, setup.options.torch_gradient_dtype.itemsize)
+    nbytes += sum(layout.record_nbytes(setup.records[owner].layout.trainable_numel) for owner in parked)
+    return -(-nbytes // len(setup.options.disk))
+
+
+def _host_reason(setup: _Setup) -> str:
+    saved = f"of them {format_bytes(setup.saved_nbytes)} for the inputs that the batch saves"
+    if setup.options.resolved_home is Tier.DISK:
+        return f"buffers for weights, gradients and optimizer chunks on their way; {saved}"
+    resident = sum(_resident(setup.records).values())
+    return f"of them {format_bytes(resident)} for records at home there; {saved}"
+
+
+def _resident(records: Mapping[str, RecordSet]) -> dict[str, int]:
+    return {owner: unit.host_nbytes + unit.optimizer_nbytes for owner, unit in records.items()}
+
+
+def _device_reason(setup: _Setup) -> str:
+    return (
+        f"of them about {format_bytes(setup.temporaries_nbytes)} for activations and the logits of the batch;"
+        " the rest for weights and gradients of the units at work"
+    )

@@ -1,0 +1,112 @@
+"""A training plan, or what stands in its way: the two answers for one choice of home and formats.
+
+No behaviour beyond figures derived from their own fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..options import RuntimeOptions
+from ..plan import MemoryPlan
+from ..specs import Tier
+from .times import Link
+from .traffic import Traffic
+
+__all__ = ["Lack", "TrainingPlan"]
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Where everything lives in a run that fits, and what a step of it costs.
+
+    Attributes:
+        options: what the run is to be attached with; its budgets are those that make the runtime lay its
+            memory out as `memory` says.
+        memory: as the runtime lays it out.
+        batch: rows of a step.
+        length: tokens of a row.
+        num_parameters: of the model.
+        traffic: bytes of a step.
+        links: busy times of a step.
+        step_s: seconds of a step.
+        bottleneck: name of the link that sets it.
+        host_nbytes: the most host memory under lease, saved inputs as large as the batch needs.
+        device_nbytes: the most device memory: the runtime's, and an estimate of torch's temporaries.
+        temporaries_nbytes: of `device_nbytes`, the estimate.
+        drive_nbytes: that the state takes on each drive.
+        step_written_nbytes: written to all drives by one step.
+        steps_to_tbw: steps until every drive has taken what it is rated for; None when not asked, or never.
+        notes: what to know about the figures.
+    """
+
+    options: RuntimeOptions
+    memory: MemoryPlan
+    batch: int
+    length: int
+    num_parameters: int
+    traffic: Traffic
+    links: tuple[Link, ...]
+    step_s: float
+    bottleneck: str
+    host_nbytes: int
+    device_nbytes: int
+    temporaries_nbytes: int
+    drive_nbytes: int
+    step_written_nbytes: int
+    steps_to_tbw: float | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens learned from in a second."""
+        return self.batch * self.length / self.step_s
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch."""
+        return self.options.rows or self.batch
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        """Keys of `offload.attach` with their values, without the directories."""
+        options = self.options
+        chosen: dict[str, object] = {
+            "home": options.resolved_home.value,
+            "host_memory": options.host_memory,
+            "device_memory": options.device_memory,
+            "dtype": options.dtype,
+            "moments": options.moments,
+            "compute_dtype": options.compute_dtype,
+            "rows": options.rows,
+            "save_steps": options.save_steps,
+        }
+        optional = {
+            "max_grad_norm": options.max_grad_norm,
+            "gradient_dtype": options.gradient_dtype,
+            "activations_nbytes": options.activations_nbytes,
+        }
+        return chosen | {key: value for key, value in optional.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Why a choice does not fit.
+
+    Attributes:
+        tier: what is too small.
+        needed_nbytes: that it would take; on drives, on each of them.
+        limit_nbytes: that there are.
+        reason: what needs them, in words.
+    """
+
+    tier: Tier
+    needed_nbytes: int
+    limit_nbytes: int
+    reason: str
+
+    @property
+    def missing_nbytes(self) -> int:
+        """Bytes that are not there."""
+        return self.needed_nbytes - self.limit_nbytes

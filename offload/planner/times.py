@@ -1,0 +1,141 @@
+"""How long each link is busy in a step, on a machine: bytes over bytes per second. Pure.
+
+The links work at the same time, so a step takes as long as the busiest of them. Reads and writes of a
+drive share it and add up. Host memory is counted at both ends of every copy: a copy of 1 GB measured at
+32 GB/s moves 2 GB, and the memory takes 64 GB/s.
+
+Nothing here is smoothed: a figure that a machine lacks makes a link of unknown time, never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..machine import Machine
+from .traffic import Traffic
+
+__all__ = ["Link", "drive_rates", "link_times", "step_seconds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One link or worker, in one step.
+
+    Attributes:
+        name: for people, and the key of JSON.
+        amount: bytes, or operations for compute.
+        seconds: it is busy; None where the machine's figure is not known.
+        formula: how that was reckoned, with symbols.
+        figures: the same with the numbers put in.
+        part_of: the link that this one is a part of, for detail; it is not compared with the others.
+    """
+
+    name: str
+    amount: int
+    seconds: float | None
+    formula: str
+    figures: str
+    part_of: str | None = None
+
+
+def drive_rates(machine: Machine) -> tuple[float, float] | None:
+    """Return what all drives read and write together in bytes per second; None without a drive.
+
+    A run deals its chunks evenly, so the slowest drive sets the pace; what was measured of all at once is a
+    limit as well.
+    """
+    if not machine.drives:
+        return None
+    count = len(machine.drives)
+    read = count * min(drive.read_bytes_per_s for drive in machine.drives)
+    write = count * min(drive.write_bytes_per_s for drive in machine.drives)
+    if machine.together is not None and count > 1:
+        read = min(read, machine.together.read_bytes_per_s)
+        write = min(write, machine.together.write_bytes_per_s)
+    return read, write
+
+
+def link_times(
+    machine: Machine, traffic: Traffic, flops: tuple[int, int], flops_per_s: float | None
+) -> tuple[Link, ...]:
+    """Return every link of a step, the details of a link behind it.
+
+    Args:
+        machine: its figures.
+        traffic: what a step moves.
+        flops: operations with parameters, and those of attention.
+        flops_per_s: that the device sustains; None when nobody knows.
+    """
+    copy = machine.memory_bytes_per_s
+    to_device, to_host, both = _device_rates(machine)
+    host_nbytes = traffic.host_memory_nbytes
+    if machine.device is None:
+        # The device is host memory too, so copies to it have both their ends there.
+        host_nbytes += traffic.to_device_nbytes + traffic.to_host_nbytes
+    memory = None if copy is None else 2 * copy
+    links = [*_disk(machine, traffic)] if traffic.disk_read_nbytes or traffic.disk_written_nbytes else []
+    links += [
+        _simple("host to device", "h / beta_h", traffic.to_device_nbytes, to_device),
+        _simple("device to host", "g / beta_g", traffic.to_host_nbytes, to_host),
+    ]
+    if both is not None:
+        together = traffic.to_device_nbytes + traffic.to_host_nbytes
+        links.append(_simple("device link, both ways", "(h + g) / beta", together, both))
+    links += [
+        _simple("host memory", "(R + W + h + g + c) / D", host_nbytes, memory),
+        _simple("AdamW", "c / D", traffic.update_nbytes, memory, part_of="host memory"),
+        _compute(flops, flops_per_s),
+    ]
+    return tuple(links)
+
+
+def step_seconds(links: Sequence[Link], *, commits_apart: bool) -> tuple[float, str]:
+    """Return how long a step takes, and the name of the link that sets it.
+
+    Args:
+        links: of the step.
+        commits_apart: the drives only take commits, which the updates wait for: their share is added.
+    """
+    known = {link.name: link.seconds for link in links if link.seconds is not None and link.part_of is None}
+    disk = known.pop("disk", 0.0) if commits_apart else 0.0
+    slowest = max(known, key=lambda name: known[name])
+    return known[slowest] + disk, "disk" if disk > known[slowest] else slowest
+
+
+def _device_rates(machine: Machine) -> tuple[float | None, float | None, float | None]:
+    device = machine.device
+    if device is None:
+        return machine.memory_bytes_per_s, machine.memory_bytes_per_s, None
+    return (
+        device.pinned_to_device_bytes_per_s,
+        device.device_to_pinned_bytes_per_s,
+        device.both_ways_bytes_per_s,
+    )
+
+
+def _disk(machine: Machine, traffic: Traffic) -> tuple[Link, Link, Link]:
+    rates = drive_rates(machine)
+    read_rate, write_rate = rates if rates is not None else (None, None)
+    read = _simple("disk read", "R / r", traffic.disk_read_nbytes, read_rate, part_of="disk")
+    write = _simple("disk write", "W / w", traffic.disk_written_nbytes, write_rate, part_of="disk")
+    seconds = None if read.seconds is None or write.seconds is None else read.seconds + write.seconds
+    both = Link(
+        "disk", read.amount + write.amount, seconds, "R / r + W / w", f"{read.figures} + {write.figures}"
+    )
+    return both, read, write
+
+
+def _simple(name: str, formula: str, nbytes: int, rate: float | None, part_of: str | None = None) -> Link:
+    seconds = None if rate is None else nbytes / rate
+    known = "?" if rate is None else f"{rate / 1e9:.2f} GB/s"
+    return Link(name, nbytes, seconds, formula, f"{nbytes / 1e9:,.2f} GB / {known}", part_of)
+
+
+def _compute(flops: tuple[int, int], flops_per_s: float | None) -> Link:
+    products, attention = flops
+    total = products + attention
+    known = "?" if flops_per_s is None else f"{flops_per_s / 1e12:,.1f} TFLOP/s"
+    figures = f"({products / 1e12:,.1f} + {attention / 1e12:,.1f}) TFLOP / {known}"
+    seconds = None if flops_per_s is None else total / flops_per_s
+    return Link("compute", total, seconds, "(8 P B + 16 L a s B) / F", figures)

@@ -1,0 +1,59 @@
+"""What a step computes, and the memory that computing takes beside the runtime's own. Pure.
+
+[Note: operations] A token costs 2 operations for each parameter it is multiplied with, forward, and twice
+that backward; every unit is recomputed in backward, which is a second forward: 8 in all (6 without).
+Attention adds 4 x length x width a layer forward, for scores and for values, and four times that in all.
+Nothing is taken off for a causal mask. Source: Kaplan et al. 2020, arXiv 2001.08361, section 2.1; Chowdhery
+et al. 2022, arXiv 2204.02311, appendix B.
+
+[Note: temporaries] An estimate: torch's own, which no lease counts. A unit's backward keeps about
+10 x hidden + 4 x intermediate elements a token (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1,
+with attention that never writes its scores, and a gated MLP). The whole batch has four tensors of the
+hidden width between two units. Logits of the whole batch exist at once, since the loss is the caller's:
+they and their gradient in the compute dtype, and the loss's two tensors in fp32.
+"""
+
+from __future__ import annotations
+
+from ..sizes import align_up
+from .model import ModelFacts
+
+__all__ = ["saved_inputs_nbytes", "step_flops", "temporaries_nbytes"]
+
+# Forward, its recomputation, and a backward of twice the work.
+_FORWARDS = 4
+
+# A saved input is a lease of whole pages.
+_PAGE_NBYTES = 4096
+
+
+def step_flops(model: ModelFacts, batch: int, length: int) -> tuple[int, int]:
+    """Return the operations of a step: those with parameters, and those of attention."""
+    tokens = batch * length
+    products = 2 * _FORWARDS * model.multiplied_numel * tokens
+    attention = 4 * _FORWARDS * model.num_layers * model.attention_width * length * tokens
+    return products, attention
+
+
+def saved_inputs_nbytes(model: ModelFacts, batch: int, length: int, itemsize: int) -> int:
+    """Return the host bytes of the inputs that a step keeps from forward to backward.
+
+    Args:
+        itemsize: bytes of an element in the compute dtype.
+    """
+    each = align_up(batch * length * model.hidden_size * itemsize, _PAGE_NBYTES)
+    return each * sum(1 for unit in model.units if unit.name not in model.lookups)
+
+
+def temporaries_nbytes(model: ModelFacts, batch: int, rows: int, length: int, itemsize: int) -> int:
+    """Return the device bytes of activations and logits; see [Note: temporaries].
+
+    Args:
+        rows: of a micro-batch.
+        itemsize: bytes of an element in the compute dtype.
+    """
+    tokens = batch * length
+    between = 4 * tokens * model.hidden_size * itemsize
+    inside = rows * length * (10 * model.hidden_size + 4 * model.intermediate_size) * itemsize
+    logits = tokens * model.vocab_size * (2 * itemsize + 8)
+    return between + max(inside, logits)
