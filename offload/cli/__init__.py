@@ -22,6 +22,7 @@ import typer
 from ..errors import OffloadError
 from .bench import bench_command
 from .clean import clean_command
+from .doctor import doctor_command
 from .export import export_command
 from .finetune import finetune_command
 from .plan import plan_command
@@ -63,6 +64,7 @@ def _make_app() -> typer.Typer:
     app.command("finetune", context_settings=either)(finetune_command())
     app.command("bench", context_settings=either)(bench_command())
     app.command("plan", context_settings=either)(plan_command())
+    app.command("doctor", context_settings=either)(doctor_command())
     app.command("runs", context_settings=either)(runs_command())
     app.command("verify", context_settings=either)(verify_command())
     app.command("export", context_settings=either)(export_command())

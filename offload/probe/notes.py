@@ -10,9 +10,10 @@ from ..sizes import format_bytes, format_rate
 from .options import BenchOptions
 from .results import DriveFacts
 
-__all__ = ["Traffic", "busy_notes", "drive_notes", "shared_notes", "slow_notes"]
+__all__ = ["NETWORK", "Traffic", "busy_notes", "drive_notes", "shared_notes", "slow_notes"]
 
-_NETWORK = {
+# File systems whose drives are another machine's.
+NETWORK = {
     "9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs", "glusterfs", "gpfs",
     "lustre", "nfs", "nfs4", "smb3", "smbfs",
 }  # fmt: skip
@@ -50,7 +51,7 @@ def drive_notes(facts: DriveFacts, options: BenchOptions, drive_name: str | None
     notes = []
     if facts.in_memory:
         notes.append(f"{facts.path} is on {facts.file_system}: these are figures of memory, not of a drive")
-    elif facts.file_system in _NETWORK:
+    elif facts.file_system in NETWORK:
         notes.append(
             f"{facts.path} is on {facts.file_system}: these are figures of the network and of a server, "
             "whose memory may have answered instead of its drives"

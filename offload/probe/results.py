@@ -16,6 +16,7 @@ from typing import Literal
 from ..machine import IoSetting, Machine
 
 __all__ = [
+    "IN_MEMORY",
     "BenchResult",
     "Cell",
     "DriveFacts",
@@ -28,6 +29,9 @@ __all__ = [
     "Workload",
     "percentile",
 ]
+
+# File systems that are memory.
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 
 # `mixed`: half of the bytes are read and half written, at the same time, in different parts of the file.
 Pattern = Literal["read", "write", "mixed"]
@@ -178,7 +182,7 @@ class DriveFacts:
     @property
     def in_memory(self) -> bool:
         """Whether the file system is memory itself, which no drive and no cache stands before."""
-        return self.file_system in ("tmpfs", "ramfs", "devtmpfs")
+        return self.file_system in IN_MEMORY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,6 +78,7 @@ LAYERS = (
     "finetune",
     "generate",
     "report",
+    "doctor",
     "planner",  # pure: what a run would cost; calls plan as compose does
     "cli",
 )
@@ -86,7 +87,7 @@ LAYERS = (
 ROOT_MODULE = "offload"
 
 # The extensions import nothing; each is known to few layers.
-EXTENSIONS = {"_aio": {"aio", "store"}, "_adam": {"optim"}}
+EXTENSIONS = {"_aio": {"aio", "store"}, "_adam": {"optim", "doctor"}}
 
 # These work in a process without torch (I/O benchmarks, checking a store).
 WITHOUT_TORCH = {"errors", "sizes", "specs", "machine", "trace", "buffers", "aio", "store"}
