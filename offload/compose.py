@@ -337,6 +337,7 @@ def _open_store(
                 run_id=options.run_id,
                 chunk_nbytes=options.chunk_nbytes or options.record_format.store_chunk_nbytes,
                 identity=run_identity(model, options, records),
+                room_for_snapshot=options.room_for_snapshot,
             )
         )
     return store
@@ -359,7 +360,9 @@ def _open_scratch(
         for owner in plan.parked_on_disk
     ]
     try:
-        scratch = store.scratch(specs, chunk_nbytes=layout.chunk_nbytes)
+        # A run that goes on has its snapshot, or is told when it takes one, before its first step.
+        room_for_snapshot = options.room_for_snapshot and not options.resume
+        scratch = store.scratch(specs, chunk_nbytes=layout.chunk_nbytes, room_for_snapshot=room_for_snapshot)
     except StorageError:
         if not options.resume:
             # Nothing was written into the run: it goes again, as when its own room is not there.

@@ -252,6 +252,7 @@ def _options(job: _Job, pointer: RunPointer, *, resume: bool) -> RuntimeOptions:
         on_non_finite=config.on_non_finite,
         max_non_finite_steps=config.max_non_finite_steps,
         max_rollbacks=config.max_rollbacks,
+        room_for_snapshot=config.snapshot_steps is not None,
         run_id=pointer.run_id,
         resume=resume,
         home=config.tier,

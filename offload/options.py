@@ -65,6 +65,8 @@ class RuntimeOptions:
             Nothing of such a step is kept either way.
         max_non_finite_steps: with `skip` and `rollback`, how many such steps in a row are too many.
         max_rollbacks: how often a run may go back to a snapshot before it stops after all.
+        room_for_snapshot: refuse to begin a run when its drives have no room for a snapshot beside it, before
+            anything is written. The room is not reserved.
         optimizer: AdamW's settings. Its `num_threads` is half of torch's number when None, since the
             other half computes meanwhile.
         run_id: the run to create or resume; a new one when None.
@@ -97,6 +99,7 @@ class RuntimeOptions:
     on_non_finite: OnNonFinite = "stop"
     max_non_finite_steps: int = 3
     max_rollbacks: int = 3
+    room_for_snapshot: bool = False
     optimizer: AdamWOptions = field(default_factory=AdamWOptions)
     run_id: str | None = None
     resume: bool = False

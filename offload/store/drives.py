@@ -17,14 +17,27 @@ from ..aio.engine import Engine, File, OpenMode
 from ..errors import CorruptionError, StorageError
 from . import files, manifests
 from .owner import Owner
-from .records import Manifest
+from .records import Manifest, RecordSpec, stripes_of
 from .room import check_room, reserve
 from .rundir import DATA_NAME, RunDirectory
+from .snapshot_format import layout
+from .stripe import Deal
 
-__all__ = ["Drive", "close_drives", "create_drives", "open_drives", "read_owners"]
+__all__ = [
+    "SNAPSHOT",
+    "Drive",
+    "close_drives",
+    "create_drives",
+    "open_drives",
+    "read_owners",
+    "snapshot_nbytes",
+]
 
 # For the message about too little room.
 _WHAT, _CURE = "the run", "free some space, use another directory, or offload less"
+
+# Follows what needs the room, where a snapshot must fit beside it.
+SNAPSHOT = " and a snapshot of it (snapshot_steps)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +56,13 @@ class Drive:
 
 
 def create_drives(
-    directories: Sequence[str], manifest: Manifest, data: bytes, *, manifest_nbytes: int, engine: Engine
+    directories: Sequence[str],
+    manifest: Manifest,
+    data: bytes,
+    *,
+    manifest_nbytes: int,
+    room_for_snapshot: bool,
+    engine: Engine,
 ) -> tuple[Drive, ...]:
     """Make a run's folders and data files, reserve all their space, and publish its first manifest.
 
@@ -52,6 +71,7 @@ def create_drives(
         manifest: generation 0.
         data: its bytes.
         manifest_nbytes: how long a manifest of the run can become, to keep room for.
+        room_for_snapshot: whether there must be room for a snapshot as well, which is not reserved.
         engine: opens the data files.
 
     Raises:
@@ -60,7 +80,15 @@ def create_drives(
     """
     # Three manifests: the last two and the one being written.
     needed = [nbytes + 3 * manifest_nbytes for nbytes in manifest.drive_nbytes]
-    check_room(directories, needed, what=_WHAT, cure=_CURE)
+    what = _WHAT
+    if room_for_snapshot:
+        what += SNAPSHOT
+        # Beside the records a description, which is like a manifest.
+        lengths = snapshot_nbytes(
+            [entry.spec for entry in manifest.records], manifest.chunk_nbytes, manifest.deal
+        )
+        needed = [nbytes + length + manifest_nbytes for nbytes, length in zip(needed, lengths, strict=True)]
+    check_room(directories, needed, what=what, cure=_CURE)
     drives: list[Drive] = []
     folders: list[RunDirectory] = []
     try:
@@ -138,6 +166,11 @@ def open_drives(
             manifests.heal(folders, recovered)
         undo.pop_all()
     return tuple(drives), recovered
+
+
+def snapshot_nbytes(specs: Sequence[RecordSpec], chunk_nbytes: int, deal: Deal) -> tuple[int, ...]:
+    """Return how much a snapshot of these records takes on each drive."""
+    return layout(specs, stripes_of(specs, chunk_nbytes, deal))[1]
 
 
 def close_drives(drives: Sequence[Drive]) -> None:

@@ -15,7 +15,7 @@ from ..errors import DiskFullError
 from ..sizes import format_bytes
 from . import files
 
-__all__ = ["check_room", "no_room", "reserve"]
+__all__ = ["check_room", "free_nbytes", "no_room", "reserve"]
 
 
 def check_room(directories: Sequence[str], needed_nbytes: Sequence[int], *, what: str, cure: str) -> None:
@@ -38,10 +38,9 @@ def check_room(directories: Sequence[str], needed_nbytes: Sequence[int], *, what
             devices.append(os.stat(directory).st_dev)
         needed[devices[-1]] += nbytes
     for directory, device in zip(directories, devices, strict=True):
-        with files.storage_errors("examine", directory):
-            free = os.statvfs(directory)
-        if needed[device] > free.f_bavail * free.f_frsize:
-            raise _full(directory, needed[device], free.f_bavail * free.f_frsize, what, cure)
+        free = free_nbytes(directory)
+        if needed[device] > free:
+            raise _full(directory, needed[device], free, what, cure)
 
 
 def reserve(file: File, directory: str, nbytes: int, *, what: str, cure: str) -> None:
@@ -59,9 +58,14 @@ def reserve(file: File, directory: str, nbytes: int, *, what: str, cure: str) ->
 
 def no_room(directory: str, needed_nbytes: int, *, what: str, cure: str) -> DiskFullError:
     """Return the error of what found no room in `directory`, with the bytes needed and free there now."""
+    return _full(directory, needed_nbytes, free_nbytes(directory), what, cure)
+
+
+def free_nbytes(directory: str) -> int:
+    """Return the bytes that we may still write to the file system of `directory`."""
     with files.storage_errors("examine", directory):
         free = os.statvfs(directory)
-    return _full(directory, needed_nbytes, free.f_bavail * free.f_frsize, what, cure)
+    return free.f_bavail * free.f_frsize
 
 
 def _full(directory: str, needed: int, free: int, what: str, cure: str) -> DiskFullError:

@@ -24,7 +24,7 @@ from uuid import uuid4
 
 from ..aio.engine import Engine
 from ..errors import StateError
-from .drives import Drive
+from .drives import SNAPSHOT, Drive
 from .poison import because_of
 from .records import RecordSpec, stripes_of
 from .room import check_room, reserve
@@ -66,6 +66,7 @@ class Scratch:
         engine: Engine,
         deal: Deal,
         chunk_nbytes: int,
+        snapshot_nbytes: Sequence[int] = (),
     ) -> Self:
         """Reserve room for `records` on the drives of `folders`.
 
@@ -75,6 +76,7 @@ class Scratch:
             engine: does the I/O; outlives the area.
             deal: which drive each chunk lies on.
             chunk_nbytes: what one checksum covers and one drive gets at a time, a multiple of 4096.
+            snapshot_nbytes: of a snapshot on each drive that must find room as well, which is not reserved.
 
         Raises:
             DiskFullError: no room, with the bytes needed and free; nothing is left behind.
@@ -86,7 +88,11 @@ class Scratch:
         drive_nbytes = [
             sum(stripe.drive_nbytes(drive) for stripe in stripes) for drive in range(len(folders))
         ]
-        check_room([folder.directory for folder in folders], drive_nbytes, what=_WHAT, cure=_CURE)
+        directories = [folder.directory for folder in folders]
+        check_room(directories, drive_nbytes, what=_WHAT, cure=_CURE)
+        if snapshot_nbytes:
+            both = [sum(pair) for pair in zip(drive_nbytes, snapshot_nbytes, strict=True)]
+            check_room(directories, both, what=_WHAT + SNAPSHOT, cure=_CURE)
         with ExitStack() as undo:
             drives = []
             for folder, nbytes in zip(folders, drive_nbytes, strict=True):

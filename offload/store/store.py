@@ -30,7 +30,7 @@ from ..errors import StateError
 from ..sizes import MIB
 from . import manifests
 from .committing import made_durable, next_manifest
-from .drives import Drive, close_drives, create_drives, open_drives
+from .drives import Drive, close_drives, create_drives, open_drives, snapshot_nbytes
 from .format import encode_manifest, max_manifest_nbytes
 from .framing import canonical_json
 from .poison import Poison
@@ -90,6 +90,7 @@ class Store:
         chunk_nbytes: int = 4 * MIB,
         weights: Sequence[float] | None = None,
         identity: Mapping[str, Any] = MappingProxyType({}),
+        room_for_snapshot: bool = False,
     ) -> Self:
         """Create a run, reserve all its space, and open it; generation 0, no record written.
 
@@ -101,6 +102,7 @@ class Store:
             chunk_nbytes: what one checksum covers and one drive gets at a time, a multiple of 4096.
             weights: each drive's bandwidth in any unit; equal when None.
             identity: JSON that says what the run is; kept in every manifest.
+            room_for_snapshot: refuse when there is no room for a snapshot beside the run; none is reserved.
 
         Raises:
             ValueError: arguments that no run can have; nothing was made.
@@ -121,6 +123,7 @@ class Store:
             manifest,
             data,
             manifest_nbytes=max_manifest_nbytes(manifest, data),
+            room_for_snapshot=room_for_snapshot,
             engine=engine,
         )
         holders = frozenset(range(len(drives)))
@@ -288,16 +291,24 @@ class Store:
             if self._poison is not None and not self._poison.permanent:
                 self._poison = None
 
-    def scratch(self, records: Sequence[RecordSpec], *, chunk_nbytes: int) -> Scratch:
+    def scratch(
+        self, records: Sequence[RecordSpec], *, chunk_nbytes: int, room_for_snapshot: bool = False
+    ) -> Scratch:
         """Reserve room on the run's drives for records of this process alone; see `Scratch.create`.
 
         Close it before the store.
         """
         with self._lock:
             self._check_open()
-        folders = [drive.folder for drive in self._drives]
+        base = self._base
+        specs = list(self.records.values()) if room_for_snapshot else []
         return Scratch.create(
-            folders, records, engine=self._engine, deal=self._base.deal, chunk_nbytes=chunk_nbytes
+            [drive.folder for drive in self._drives],
+            records,
+            engine=self._engine,
+            deal=base.deal,
+            chunk_nbytes=chunk_nbytes,
+            snapshot_nbytes=snapshot_nbytes(specs, base.chunk_nbytes, base.deal) if specs else (),
         )
 
     def snapshot(

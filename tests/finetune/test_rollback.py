@@ -195,6 +195,36 @@ def test_a_snapshot_takes_the_place_of_the_one_before_where_there_is_no_room_for
     assert [kept.rpartition("-")[0] for kept in snapshots(tmp_path / "out")] == ["rolling-4"]
 
 
+def test_a_drive_without_room_for_run_and_snapshot_is_refused_before_the_import(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the import of a large model would end at its first snapshot, an hour later."""
+    free_nbytes = 0
+    monkeypatch.setattr("offload.store.room.free_nbytes", lambda _: free_nbytes)
+    needs = []
+    for snapshot_steps in (None, 2):
+        with pytest.raises(DiskFullError) as error:
+            finetune(make_config(snapshot_steps=snapshot_steps), echo=lambda _: None)
+        assert not (tmp_path / "out").exists()
+        assert error.value.got_nbytes == 0
+        needs.append(error.value.asked_nbytes)
+    assert "the run and a snapshot of it (snapshot_steps) needs" in error.value.message
+    free_nbytes = needs[0]
+    finetune(make_config(output_dir=tmp_path / "none", snapshot_steps=None), echo=lambda _: None)
+    with pytest.raises(DiskFullError, match="the run and a snapshot of it"):
+        finetune(make_config(snapshot_steps=2), echo=lambda _: None)
+    assert not (tmp_path / "out").exists()
+    # What is said to be needed is enough, and what the snapshot takes is what was asked for beside the run.
+    free_nbytes = needs[1]
+    finetune(make_config(snapshot_steps=2), echo=lambda _: None)
+    taken = sum(path.stat().st_size for path in (tmp_path / "out/state").glob("run-*/snapshot-*"))
+    # Its description is counted as the longest that can be.
+    assert 0 <= needs[1] - needs[0] - taken < 1 << 18
+    # A run that goes on has its room already.
+    free_nbytes = 0
+    finetune(make_config(output_dir=tmp_path / "none", max_steps=8), echo=lambda _: None)
+
+
 def test_snapshots_change_nothing_of_a_run_without_trouble(make_config: Any, tmp_path: Path) -> None:
     for name, every in [("with", 2), ("without", None)]:
         finetune(make_config(output_dir=tmp_path / name, snapshot_steps=every), echo=lambda _: None)

@@ -198,6 +198,18 @@ def test_too_little_room_is_refused_with_the_bytes_and_leaves_nothing(
     assert entries(dirs, store) == names_of_a_run
 
 
+def test_room_for_a_snapshot_beside_it_is_asked_for(dirs, store, monkeypatch) -> None:
+    area = sum(spec.nbytes for spec in RECORDS)
+    snapshot = sum(spec.nbytes for spec in store.records.values() if spec.mutable)
+    monkeypatch.setattr("offload.store.room.free_nbytes", lambda _: area + snapshot - 1)
+    store.scratch(RECORDS, chunk_nbytes=CHUNK).close()
+    with pytest.raises(DiskFullError, match="scratch area of the run and a snapshot of it") as error:
+        store.scratch(RECORDS, chunk_nbytes=CHUNK, room_for_snapshot=True)
+    assert (error.value.asked_nbytes, error.value.got_nbytes) == (area + snapshot, area + snapshot - 1)
+    monkeypatch.setattr("offload.store.room.free_nbytes", lambda _: area + snapshot)
+    store.scratch(RECORDS, chunk_nbytes=CHUNK, room_for_snapshot=True).close()
+
+
 def test_closing_waits_and_ends_its_use(store) -> None:
     scratch = store.scratch(RECORDS, chunk_nbytes=CHUNK)
     scratch.write("a", bytes(RECORDS[0].nbytes))
