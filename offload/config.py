@@ -32,6 +32,7 @@ from pydantic import (
 
 from .aio.engine import EngineName
 from .errors import ConfigError
+from .redaction import holds_secret, redact
 from .sizes import MIB, parse_bytes
 from .specs import MomentDType, RecordDType, Tier
 
@@ -146,7 +147,12 @@ def _expand(value: Any) -> Any:
 
 
 def _check_path(value: str) -> str:
-    """Return `value` if the operating system could have a file of that name."""
+    """Return `value` if a file could have that name, and the name may be written down."""
+    if holds_secret(value):
+        raise ValueError(
+            "there is what looks like a password or a token in it, and paths are kept in the files of a run;"
+            " name a local path without one"
+        )
     try:
         if "\0" in value:
             raise ValueError(f"{value!r:.80} has a zero byte, which no path has")
@@ -156,11 +162,17 @@ def _check_path(value: str) -> str:
     return value
 
 
+def _parse_size(value: Any) -> int:
+    if isinstance(value, str) and holds_secret(value):
+        raise ValueError("not a size, but what looks like a password or a token")
+    return parse_bytes(value)
+
+
 def _print_size(nbytes: int | None) -> str | int | None:
     return f"{nbytes // MIB}MiB" if nbytes and nbytes % MIB == 0 else nbytes
 
 
-Size = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(_print_size)]
+Size = Annotated[int, BeforeValidator(_parse_size), PlainSerializer(_print_size)]
 UserPath = Annotated[Path, BeforeValidator(_expand)]
 PathText = Annotated[str, AfterValidator(_check_path)]
 Positive = Annotated[int, Field(gt=0)]
@@ -178,7 +190,13 @@ GROUPS = {
 class FinetuneConfig(BaseModel):
     """One run of `offload finetune`; the keys are those of TrainingArguments and SFTConfig."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,  # what is given may be a secret in the wrong place
+    )
 
     model_name_or_path: UserPath = Field(description="Local model directory: config.json and safetensors.")
     train_file: Annotated[list[PathText], BeforeValidator(_as_list), Field(min_length=1)] = Field(
@@ -342,7 +360,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start})") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {_problem(error)}") from error
+        # Without the cause, which quotes the line.
+        raise ConfigError(f"{path} is not YAML: {_problem(error)}") from None
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply; write 'key: value' lines") from error
     if values is None:
@@ -392,5 +411,6 @@ def _explain(problem: Any) -> str:
         return f"{key} is missing: give it in the YAML file or as --{key}"
     reason = problem["msg"].removeprefix("Value error, ")
     if reason.startswith("Input "):
-        reason = f"{problem['input']!r:.80} {reason.removeprefix('Input ')}"
+        # Redacted before it is cut: half a secret is not recognised.
+        reason = f"{redact(repr(problem['input']))[:80]} {reason.removeprefix('Input ')}"
     return f"{key}: {reason}"

@@ -1,7 +1,8 @@
 """The `offload` command: parse, call, print. One file a command; this one turns errors into messages.
 
 A command prints its results to standard output and one message to standard error when it fails; the
-exit code is that of the error's class. Tracebacks appear with --debug only.
+exit code is that of the error's class. Tracebacks appear with --debug only. Passwords and tokens are struck
+out of everything that is printed; see `offload.redaction`.
 
 Nothing heavy is imported before a command runs, so `offload --help` is quick and the environment is
 set before torch reads it.
@@ -20,6 +21,7 @@ from typing import Annotated
 import typer
 
 from ..errors import OffloadError
+from ..redaction import print_redacted_traceback, redacted_output
 from .bench import bench_command
 from .clean import clean_command
 from .doctor import doctor_command
@@ -44,14 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        _make_app()(args=given, prog_name="offload")
-    except OffloadError as error:
-        if "--debug" in given:
-            traceback.print_exc()
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+    sys.excepthook = print_redacted_traceback
+    with redacted_output():
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        try:
+            _make_app()(args=given, prog_name="offload")
+        except OffloadError as error:
+            if "--debug" in given:
+                traceback.print_exc()
+            sys.stderr.write(f"error: {_printable(str(error))}\n")
+            sys.exit(error.exit_code)
+
+
+def _printable(text: str) -> str:
+    """Return text without what would steer a terminal; a name in a file may be anything."""
+    return "".join(character if character.isprintable() or character == "\n" else "?" for character in text)
 
 
 def _make_app() -> typer.Typer:

@@ -174,7 +174,7 @@ class PretrainedSource:
                 "%s holds %d tensors that this model does not use, first %s",
                 self.directory,
                 len(left),
-                ", ".join(left[:3]),
+                ", ".join(f"{key!r:.80}" for key in left[:3]),
             )
 
     def _check(self, model: torch.nn.Module) -> None:

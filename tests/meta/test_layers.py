@@ -21,6 +21,7 @@ CSRC = ROOT / "csrc"
 LAYERS = (
     "errors",
     "sizes",
+    "redaction",
     "specs",
     "machine",
     "trace",
