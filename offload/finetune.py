@@ -31,7 +31,7 @@ from .checkpoint import ExportOptions, check_export_target, export
 from .compose import attach
 from .config import FinetuneConfig
 from .data import Batches, Rows, find_files, pack_rows, read_texts, split_rows
-from .errors import ConfigError, OffloadError
+from .errors import ConfigError, OffloadError, StorageError
 from .guard import StepGuard
 from .hf import PretrainedSource, load_tokenizer, open_pretrained
 from .optim import AdamWOptions
@@ -102,8 +102,8 @@ def finetune(config: FinetuneConfig, *, echo: Callable[[str], None] | None = Non
         runtime, pointer = _start(job, output, progress, tracer, stack)
         if parked := runtime.plan.describe_parked():
             progress.line(parked)
-        if config.trace is not None:
-            stack.callback(_write_trace, tracer, config.trace, progress)
+        if (path := config.trace) is not None:
+            stack.push(lambda _, error, __: _write_trace(tracer, path, runtime, progress, error))
         exit_code = _train(job, runtime, output, progress)
         if exit_code:
             return FinetuneResult(runtime.global_step, exit_code, None)
@@ -481,6 +481,15 @@ def _export(
     progress.line(f"the model is in {output.final}")
 
 
-def _write_trace(tracer: Tracer, path: Path, progress: Progress) -> None:
-    tracer.write_chrome_trace(path)
+def _write_trace(
+    tracer: Tracer, path: Path, runtime: Runtime, progress: Progress, ended_by: BaseException | None
+) -> None:
+    try:
+        tracer.write_chrome_trace(path)
+    except StorageError as error:
+        if ended_by is not None:
+            progress.line(str(error))  # Raised, it would hide why the run ended.
+            return
+        progress.line(f"the run stands at step {runtime.committed_step}, committed; only its trace is lost")
+        raise
     progress.line(f"the trace is in {path}; open it in ui.perfetto.dev or chrome://tracing")

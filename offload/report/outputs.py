@@ -6,10 +6,12 @@ The picture is written by `page`, which needs matplotlib.
 
 from __future__ import annotations
 
+import errno
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError, StorageError
+from ..errors import ConfigError, DiskFullError, StorageError
 from ..machine import MACHINE_VARIABLE, default_machine_path, load_machine, save_machine
 from ..probe.results import BenchResult
 from .document import to_json
@@ -72,14 +74,23 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` over what was at `path`.
 
     Raises:
-        StorageError: it cannot be written.
+        DiskFullError: no room, with the bytes needed and free.
+        StorageError: it cannot be written for another reason.
     """
     try:
         # A directory's name may be no UTF-8, and is then shown with the bytes escaped.
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}", errno=error.errno or 0, path=str(path)
+        number, message = error.errno or 0, f"cannot write {path}: {error.strerror}"
+        if number not in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(message, errno=number, path=str(path)) from error
+        needed, free = len(text.encode("utf-8", "backslashreplace")), shutil.disk_usage(path.parent).free
+        raise DiskFullError(
+            f"{message}: {needed:,} bytes needed, {free:,} free; free space, or name a file on another drive",
+            errno=number,
+            path=str(path),
+            asked_nbytes=needed,
+            got_nbytes=free,
         ) from error
 
 

@@ -13,6 +13,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -48,7 +49,8 @@ def write_chrome_trace(path: Path, spans: Sequence[Recorded], other: Mapping[str
     """Write `spans` to `path`, and `other` as the trace's own data; compress if it ends in `.gz`.
 
     Raises:
-        StorageError: the file cannot be written; nothing is left behind.
+        DiskFullError: no room, with the bytes needed and free; nothing is left behind.
+        StorageError: the file cannot be written for another reason; nothing is left behind.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -61,13 +63,27 @@ def write_chrome_trace(path: Path, spans: Sequence[Recorded], other: Mapping[str
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
-        raise kind(
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_room(path, error, sum(map(len, _document(spans, other)))) from error
+        raise StorageError(
             f"cannot write the trace {path}: {error.strerror}; "
-            "name a file in a directory that exists, is writable and has space",
+            "name a file in a directory that exists and is writable",
             errno=error.errno or 0,
             path=str(path),
         ) from error
+
+
+def _no_room(path: Path, error: OSError, nbytes: int) -> DiskFullError:
+    free_nbytes = shutil.disk_usage(path.parent).free
+    needed = f"{'up to ' if path.suffix == '.gz' else ''}{nbytes:,} bytes needed"
+    return DiskFullError(
+        f"cannot write the trace {path}: {error.strerror}: {needed}, {free_nbytes:,} free; free space, or"
+        " name a file on another drive",
+        errno=error.errno or 0,
+        path=str(path),
+        asked_nbytes=nbytes,
+        got_nbytes=free_nbytes,
+    )
 
 
 def _document(spans: Sequence[Recorded], other: Mapping[str, object]) -> Iterator[str]:

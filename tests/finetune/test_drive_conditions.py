@@ -14,6 +14,7 @@ import pytest
 
 import offload.finetune
 from offload.cli import main
+from offload.errors import StorageError
 from offload.finetune import finetune
 from offload.store import list_runs
 
@@ -165,6 +166,42 @@ def fill_but(directory: Path, nbytes: int) -> None:
     """Take all the room but so much."""
     fill(directory)
     os.truncate(directory / "filler", (directory / "filler").stat().st_size - nbytes)
+
+
+def no_room_for_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("offload.trace.chrome._open_text", full)
+
+
+def test_no_room_for_the_trace(make_config: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    no_room_for_a_trace(monkeypatch)
+    config = make_config(max_steps=3, trace=tmp_path / "trace.json")
+    code, out, err = call(config, tmp_path, capsys)
+    assert code == 75
+    assert f"cannot write the trace {tmp_path}/trace.json: No space left on device" in err
+    assert " bytes needed, " in err
+    # Everything else is done: nothing but the trace is lost.
+    assert "the run stands at step 3, committed" in out
+    assert (config.output_dir / "final" / "model.safetensors").exists()
+    (run,) = list_runs(config.output_dir / "state")
+    assert run.state is not None and run.state["step"] == 3
+
+
+def test_a_trace_that_cannot_be_written_does_not_hide_why_the_run_ended(
+    make_config: Any, tmp_path: Path, at_batch: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    def broken() -> None:
+        raise StorageError("the drive is gone", errno=errno.EIO, path="/a/drive")
+
+    no_room_for_a_trace(monkeypatch)
+    at_batch(3, broken)
+    code, out, err = call(make_config(max_steps=5, trace=tmp_path / "trace.json"), tmp_path, capsys)
+    assert code == 74
+    assert "the drive is gone" in err and "trace" not in err
+    assert "the run stands at step " in out
+    assert "cannot write the trace" in out
 
 
 @needs_root

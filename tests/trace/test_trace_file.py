@@ -170,3 +170,21 @@ def test_failed_write_leaves_the_old_file_and_no_part(
         tracer.write_chrome_trace(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
+def test_a_full_drive_is_told_with_the_bytes_needed_and_free(
+    name: str, tracer: Tracer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracer.write_chrome_trace(tmp_path / "whole.json")
+    whole = (tmp_path / "whole.json").stat().st_size
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("offload.trace.chrome.os.fsync", full)
+    with pytest.raises(DiskFullError, match=rf": (up to )?{whole:,} bytes needed, [\d,]+ free") as error:
+        tracer.write_chrome_trace(tmp_path / name)
+    assert ("up to" in error.value.message) == name.endswith(".gz")
+    assert error.value.asked_nbytes == whole
+    assert error.value.got_nbytes is not None and error.value.got_nbytes > 0
