@@ -1,0 +1,209 @@
+"""What the planner says a step moves and holds is what a runtime counts."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planner_cases import llama, machine, question, shape
+from toy_models import LENGTH, ROWS, SETTINGS, VOCAB, build, make_batch, train
+
+import offload
+from offload.codec import RecordFormat
+from offload.errors import CapacityError
+from offload.plan import smallest_plan
+from offload.planner import TrainingPlan, describe_model
+from offload.planner.layout import Choice, lay_out
+from offload.planner.traffic import Traffic, count_fetches, step_traffic
+from offload.planner.work import saved_inputs_nbytes
+from offload.records import record_sets
+from offload.sizes import GIB, MIB, align_up
+from offload.specs import Tier
+from offload.trace import Tracer
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ("llama", "gpt2", "qwen3")  # tied and untied, one with two tables
+STEPS = 3
+# What a unit of these models gets from the one before: rows x tokens x width in fp32.
+INPUT_NBYTES = ROWS * LENGTH * 32 * 4
+# The partial gradient of a table that is tied to the head goes back to the device without a span.
+TIED_NBYTES = {"llama": VOCAB * 32 * 4, "gpt2": VOCAB * 32 * 4, "qwen3": 0}
+
+
+def run(
+    name: str, tmp_path: Path, tracer: Tracer | None = None, **settings: Any
+) -> tuple[Traffic, list[Any]]:
+    """The planned traffic of a toy model, and what each step moved, waiting for its updates."""
+    model = build(name)
+    facts = describe_model(model, name)
+    with offload.attach(model, disk=[tmp_path], trace=tracer, **(SETTINGS | settings)) as runtime:
+        parts = runtime._parts
+        saved = saved_inputs_nbytes(facts, ROWS, LENGTH, 4)
+        planned = step_traffic(
+            parts.schedule, parts.records, facts.trains, parts.options, runtime.plan, saved
+        )
+        moved = []
+        for step in range(STEPS):
+            runtime.reset_stats()
+            train(name, runtime, model, range(step, step + 1))
+            runtime.synchronize()
+            moved.append(runtime.stats())
+    return planned, moved
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_a_step_from_disk_writes_what_was_planned_and_reads_within_the_bounds(name, moments, tmp_path):
+    planned, moved = run(name, tmp_path, moments=moments)
+    assert [one.disk_written_nbytes for one in moved] == [planned.disk_written_nbytes] * STEPS
+    low, high = planned.least_disk_read_nbytes, planned.most_disk_read_nbytes
+    assert all(low <= one.disk_read_nbytes <= high for one in moved[1:])
+    assert low <= planned.disk_read_nbytes <= high
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parked_updates_that_are_done_before_forward_read_the_most(name, tmp_path):
+    planned, moved = run(name, tmp_path, max_grad_norm=1.0)
+    assert [one.disk_read_nbytes for one in moved] == [planned.most_disk_read_nbytes] * STEPS
+    assert [one.disk_written_nbytes for one in moved] == [planned.disk_written_nbytes] * STEPS
+    assert planned.disk_read_nbytes == planned.least_disk_read_nbytes < planned.most_disk_read_nbytes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_parked_on_disk_move_what_was_planned(name, tmp_path):
+    model = build(name)
+    facts = describe_model(model, name)
+    layouts = (unit.layout for unit in facts.units)
+    least = smallest_plan(
+        facts.schedule(wraps=False),
+        record_sets(layouts, RecordFormat("bfloat16", SETTINGS["chunk_numel"]), torch.float32),
+        trains=facts.trains,
+        home=Tier.DISK,
+        gradient_itemsize=4,
+        micro_gradients=False,
+        activations_nbytes=64 << 10,
+        parks=True,
+        parks_on_disk=True,
+    )
+    settings = {"host_memory": least.host_nbytes + 8192, "activations_nbytes": 64 << 10, "max_grad_norm": 1.0}
+    planned, moved = run(name, tmp_path, **settings)
+    assert planned.parked_nbytes > 0
+    assert [one.disk_written_nbytes for one in moved] == [planned.disk_written_nbytes] * STEPS
+    assert [one.disk_read_nbytes for one in moved] == [planned.most_disk_read_nbytes] * STEPS
+
+
+@pytest.mark.parametrize("home", ["host", "device"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_home_in_memory_only_writes_commits(name, home, tmp_path):
+    planned, moved = run(name, tmp_path, home=home, save_steps=2)
+    assert [one.disk_written_nbytes for one in moved] == [0, planned.commit_nbytes, 0]
+    assert planned.disk_written_nbytes == planned.commit_nbytes // 2
+    assert {one.disk_read_nbytes for one in moved} == {planned.disk_read_nbytes} == {0}
+
+
+@pytest.mark.parametrize(("home", "parks"), [("host", True), ("device", True), ("device", False)])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_device_gets_and_gives_what_was_planned(name, home, parks, tmp_path):
+    # Where updates run during backward a window reaches into the next step; the other choices are exact.
+    tracer = Tracer()
+    planned, _ = run(name, tmp_path, tracer, home=home, park_gradients=parks)
+    moved = {
+        track: sum(span.args["nbytes"] for span in tracer._spans if span.track == track)
+        for track in ("host to device", "device to host")
+    }
+    # A saved input is planned in whole pages, and its span has its bytes.
+    inputs = planned.saved_inputs_nbytes // align_up(INPUT_NBYTES, 4096) * INPUT_NBYTES
+    to_device = planned.to_device_nbytes - planned.saved_inputs_nbytes + inputs
+    to_host = planned.to_host_nbytes - planned.saved_inputs_nbytes + inputs
+    assert moved["host to device"] == STEPS * (to_device - TIED_NBYTES[name])
+    assert moved["device to host"] == STEPS * to_host
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_inputs_take_what_was_planned_and_not_a_page_less(name, tmp_path):
+    saved = saved_inputs_nbytes(describe_model(build(name), name), ROWS, LENGTH, 4)
+    for nbytes in (saved, saved - 4096):
+        model = build(name)
+        folder = tmp_path / str(nbytes)
+        folder.mkdir()
+        with offload.attach(model, disk=[folder], **(SETTINGS | {"activations_nbytes": nbytes})) as runtime:
+            if nbytes == saved:
+                train(name, runtime, model, range(1))
+            else:
+                with pytest.raises(CapacityError):
+                    model(input_ids=make_batch(name, 0)[0], labels=make_batch(name, 0)[0])
+
+
+@pytest.mark.parametrize("home", list(Tier))
+@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_a_runtime_attached_with_the_settings_of_a_plan_has_its_memory(moments, clip, rows, home, tmp_path):
+    model = build("llama")
+    asked = question(
+        machine(memory=GIB, device=None),
+        host_memory=96 * MIB,
+        device_memory=64 * MIB,
+        batch=ROWS,
+        length=LENGTH,
+        max_grad_norm=clip,
+    )
+    plan = lay_out(asked, describe_model(model, "llama"), Choice(home, moments, rows))
+    assert isinstance(plan, TrainingPlan)
+    with offload.attach(model, disk=[tmp_path], device="cpu", **plan.settings) as runtime:
+        train("llama", runtime, model, range(2))
+        runtime.synchronize()
+        stats = runtime.stats()
+        disk = sum(file.stat().st_size for file in tmp_path.rglob("data*"))
+    assert runtime.plan == plan.memory
+    assert stats.host_high_water_nbytes == plan.memory.host_nbytes
+    assert stats.device_high_water_nbytes == plan.memory.device_nbytes
+    assert disk == plan.drive_nbytes
+
+
+@pytest.mark.parametrize(
+    ("results", "moments"),
+    [("fewest_bytes", "float32"), ("fewest_bytes_8bit", "8bit"), ("fewest_bytes_tied", "float32")],
+)
+def test_bytes_agree_with_published_measurements(results, moments):
+    (raw,) = (ROOT / "benchmarks" / "results").glob(f"*/{results}/raw.csv")
+    rows = [row for row in csv.DictReader(raw.read_text().splitlines()) if row["warm_up"] == "False"]
+    model = shape("smollm2-135m") if results.endswith("tied") else llama(640, 14, 1792, 10, 5, 32000)
+    asked = question(
+        machine(memory=24 * GIB, device=None),
+        host_memory=512 * MIB,
+        device_memory=GIB,
+        batch=4,
+        length=32,
+    )
+    for micro_batches in (1, 4):
+        plan = lay_out(asked, model, Choice(Tier.DISK, moments, None if micro_batches == 1 else 1))
+        measured = [row for row in rows if int(row["micro_batches"]) == micro_batches]
+        for key, planned in (
+            ("runtime_read", plan.traffic.disk_read_nbytes),
+            ("runtime_written", plan.traffic.disk_written_nbytes),
+        ):
+            figure = statistics.median(float(row[key]) for row in measured)
+            assert planned / model.num_parameters == pytest.approx(figure, rel=0.03), key
+
+
+def test_a_larger_window_never_reads_more():
+    asked = question(machine(memory=24 * GIB, device=None), batch=4, length=32)
+    model = llama(640, 14, 1792, 10, 5, 32000)
+    plan = lay_out(asked, model, Choice(Tier.DISK, "float32", None))
+    schedule = model.schedule(wraps=True)
+    counts = [
+        sum(
+            count_fetches(
+                schedule, model.trains, replace(plan.memory, window=window), parks=False
+            ).all.values()
+        )
+        for window in (1, 2, 3)
+    ]
+    assert counts == sorted(counts, reverse=True)
+    assert torch.get_default_device().type == "cpu"  # building on the meta device has left nothing behind
