@@ -70,8 +70,8 @@ def _check_same_formats(store: Store, wanted: Mapping[str, Any]) -> None:
         # Runs begun before an entry existed do not have it.
         if name != "layout" and wanted.get(name, found) != found:
             raise ConfigError(
-                f"run {store.run_id} was begun with {name}={found!r}, not {wanted[name]!r}, and its records"
-                f" are laid out for that; resume with {name}={found!r}"
+                f"run {store.run_id} was begun with {name}={found!r:.80}, not {wanted[name]!r}, and its"
+                f" records are laid out for that; resume with {name}={found!r:.80}"
             )
 
 

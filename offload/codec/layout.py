@@ -90,9 +90,9 @@ class RecordFormat:
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(RecordDType):
-            raise ConfigError(f"record dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+            raise ConfigError(f"record dtype must be 'bfloat16' or 'float32', got {self.dtype!r:.40}")
         if self.moments not in get_args(MomentDType):
-            raise ConfigError(f"moments must be 'float32' or '8bit', got {self.moments!r}")
+            raise ConfigError(f"moments must be 'float32' or '8bit', got {self.moments!r:.40}")
         if self.chunk_numel <= 0 or self.chunk_numel % ELEMENT_ALIGNMENT:
             raise ConfigError(
                 f"chunk_numel must be a positive multiple of {ELEMENT_ALIGNMENT}, got {self.chunk_numel}"

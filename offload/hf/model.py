@@ -130,4 +130,4 @@ def _load_buffers(model: torch.nn.Module, source: PretrainedSource) -> None:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    return text[0][:300] if text else type(error).__name__

@@ -125,7 +125,7 @@ class PretrainedSource:
                 file = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except (SafetensorError, OSError) as error:
                 raise CorruptionError(
-                    f"{path} cannot be read as safetensors: {error}; copy the file again from its origin",
+                    f"{path} cannot be read as safetensors: {error!s:.300}; copy it again from its origin",
                     path=str(path),
                 ) from error
             self._files[file_name] = file

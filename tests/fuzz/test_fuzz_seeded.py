@@ -15,6 +15,8 @@ from fuzz.harness import CORPUS, Finding, Harness, check
 from fuzz.harnesses import HARNESSES
 from fuzz.mutation import mutate
 
+from offload.errors import StateError
+
 # Mutations of a harness; each of the slow two opens, checks and exports a run, or trains with it.
 NUM_MUTATIONS = {"run": 40, "resume": 25}
 MANY = 400
@@ -44,6 +46,13 @@ def test_inputs_that_made_a_finding_make_none_any_more(harness: Harness, tmp_pat
         folder = tmp_path / str(number)
         folder.mkdir()
         check(harness, data, folder)
+
+
+@pytest.mark.parametrize("name", ["numpy-position-behind-its-words", "torch-next-word-behind-its-words"])
+def test_a_random_state_that_draws_from_foreign_memory_is_refused(name: str, tmp_path: Path) -> None:
+    """numpy ends with a segmentation fault, or draws what lies behind; torch draws what lies behind."""
+    refused = check(HARNESSES["state"], (CORPUS / "state" / name).read_bytes(), tmp_path)
+    assert isinstance(refused, StateError)
 
 
 def test_mutations_are_taken_or_refused(harness: Harness, tmp_path: Path) -> None:
