@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from ..errors import ConfigError
@@ -28,6 +29,9 @@ from ..sizes import parse_bytes
 from ..specs import Tier
 
 __all__ = ["commands_of", "read_machine", "read_model", "room_of", "what_if"]
+
+# What transformers raises for a config that is no mapping, or whose values are of other types.
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def read_model(name: str) -> ModelFacts:
@@ -47,12 +51,9 @@ def read_model(name: str) -> ModelFacts:
         )
     try:
         config = AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
-    # What transformers raises for a config that is no mapping, or whose values are of other types.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        text = str(error).strip().splitlines()
-        raise ConfigError(
-            f"transformers cannot use {file}: {text[0] if text else type(error).__name__}"
-        ) from error
+    except (*_UNUSABLE, StrictDataclassError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"transformers cannot use {file}: {text or type(error).__name__}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{file} is of a quantized model; plan for the model that it was made from")
     return describe_config(config, path.name if path.is_dir() else str(path))

@@ -244,8 +244,8 @@ def _answer(
         return
     if as_json:
         sys.stdout.write(to_json(answer))
-    else:
-        print_sections(_sections(answer, explain))
+    elif sections := _sections(answer, explain):
+        print_sections(sections)
     if answer.plan is None and not answer.fits_without:
         raise CapacityError(_refusal(answer, name, given))
 

@@ -41,8 +41,8 @@ PUBLISHED = {
 }
 
 # 65 x 10^9 parameters on a GeForce RTX 4090 with 1, 2 and 4 drives, weights in bf16 halves with residuals
-# and 8-bit moments: 8 bytes a parameter read and 6 written, at F = 120 TFLOP/s, beta = 25, D = 65, r = 7, w = 5.5 GB/s
-# and 8 operations a parameter. By hand: seconds bound by I/O; tokens/s with 4k, 16k tokens; TB written.
+# and 8-bit moments: 8 bytes a parameter read and 6 written, at F = 120 TFLOP/s, beta = 25, D = 65, r = 7,
+# w = 5.5 GB/s and 8 operations a parameter. By hand: seconds bound by I/O; tokens/s with 4k and 16k tokens.
 BY_HAND = {1: (145, 28, 113), 2: (73, 56, 226), 4: (36, 113, 231)}
 TB_WRITTEN = 0.39
 CEILING = 231
