@@ -199,6 +199,8 @@ def _start(
 ) -> tuple[Runtime, RunPointer]:
     """Attach the model to the run in the output directory, or to a new one."""
     pointer = output.pointer()
+    if pointer is not None:
+        output.check_own(pointer, job.disk)
     if pointer is not None and not pointer.imported:
         progress.line("the last start did not finish its import; starting anew")
         output.abandon(pointer)

@@ -31,7 +31,7 @@ from .checkpoint import write_json
 from .config import FinetuneConfig
 from .errors import ConfigError, DiskFullError, StateError, StorageError
 from .pointer import POINTER_NAME, RunPointer, read_pointer
-from .store import remove_run
+from .store import list_runs, remove_run
 
 __all__ = ["OutputDirectory", "RunPointer"]
 
@@ -94,7 +94,8 @@ class OutputDirectory:
                 raise ConfigError(
                     f"{self.path} holds a {name} and no run of ours; name a new output_dir, or move it away"
                 )
-        pointer = RunPointer(str(uuid4()), tuple(str(path.absolute()) for path in disk), dict(identity))
+        drives = tuple(str(path.absolute()) for path in disk)
+        pointer = RunPointer(str(uuid4()), drives, dict(identity), directory=str(self.path))
         try:
             missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
             for path in reversed(missing):
@@ -126,7 +127,8 @@ class OutputDirectory:
 
     def mark_imported(self, pointer: RunPointer, disk: tuple[Path, ...]) -> RunPointer:
         """Note, durably, that the run has a first commit, and where its drives are mounted now."""
-        return self._update(pointer, imported=True, disk=tuple(str(path.absolute()) for path in disk))
+        drives = tuple(str(path.absolute()) for path in disk)
+        return self._update(pointer, imported=True, disk=drives, directory=str(self.path))
 
     def mark_exported(self, pointer: RunPointer, step: int) -> RunPointer:
         """Note, durably, that `final` holds the weights of `step`."""
@@ -142,10 +144,46 @@ class OutputDirectory:
         if pointer.imported:
             raise StateError(f"run {pointer.run_id} has committed steps; it is not removed")
         for directory in pointer.disk:
+            if _has_steps(directory, pointer.run_id):
+                raise StateError(
+                    f"{self.path / POINTER_NAME} says that run {pointer.run_id} was never imported, and in"
+                    f" {directory} it has committed steps: it is not removed. {self.path} may be an old copy"
+                    " of the directory that the run goes on in; use another output_dir"
+                )
+        for directory in pointer.disk:
             _remove_run(directory, pointer.run_id)
         for name in (CONFIG_NAME, METRICS_NAME, POINTER_NAME):
             (self.path / name).unlink(missing_ok=True)
         self._remove_made()
+
+    def check_own(self, pointer: RunPointer, disk: tuple[Path, ...]) -> None:
+        """Raise when this directory is a copy of one that has the same run on the same drives.
+
+        A copy that has copies of the run's folders as well is a run of its own, and so is a directory that
+        was moved.
+
+        Args:
+            pointer: what was found here.
+            disk: where the run's folders are.
+
+        Raises:
+            ConfigError: names both directories and the drives.
+        """
+        original = pointer.directory
+        if original is None or _is_same(original, self.path):
+            return
+        theirs = read_pointer(Path(original))
+        if theirs is None or theirs.run_id != pointer.run_id:
+            return
+        shared = [str(mine) for mine in disk if any(_is_same(mine, other) for other in theirs.disk)]
+        if pointer.imported and not shared:
+            return
+        where = f"run {pointer.run_id}" + (f" in {', '.join(shared)}" if shared else "")
+        raise ConfigError(
+            f"{self.path} is a copy of {original}, and both hold {where}: two of them would change each"
+            f" other's run. Go on in {original}; or use a new output_dir for a run of its own; or, to go on here and"
+            f" never there, remove {original}/{POINTER_NAME}"
+        )
 
     def check_same(self, pointer: RunPointer, identity: Mapping[str, Any]) -> None:
         """Raise unless a resume has everything that the run began with.
@@ -214,6 +252,21 @@ class OutputDirectory:
             # Something else may have been put there meanwhile; then it stays.
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
+
+
+def _is_same(one: str | Path, other: str | Path) -> bool:
+    """Whether two names are of one directory that is there."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _has_steps(directory: str, run_id: str) -> bool:
+    """Whether a run has a commit behind its import."""
+    if not os.path.isdir(directory):
+        return False
+    return any(run.run_id == run_id and run.generation > 1 for run in list_runs(directory))
 
 
 def _remove_run(directory: str, run_id: str) -> None:

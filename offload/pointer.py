@@ -30,6 +30,8 @@ class RunPointer:
         identity: keys and values that a resume must not change.
         imported: whether the weights were imported and committed.
         exported_step: the step whose weights `final` holds, None before the first export.
+        directory: the output directory that it was written in, absolute: another one is a copy, or was moved.
+            None where an earlier version wrote it.
     """
 
     run_id: str
@@ -37,6 +39,7 @@ class RunPointer:
     identity: Mapping[str, Any]
     imported: bool = False
     exported_step: int | None = None
+    directory: str | None = None
 
 
 def read_pointer(directory: Path) -> RunPointer | None:
@@ -58,12 +61,16 @@ def read_pointer(directory: Path) -> RunPointer | None:
             raise ValueError("disk is no list of directories")
         if exported_step is not None and type(exported_step) is not int:
             raise ValueError("exported_step is no step")
+        written_in = value.get("directory")
+        if written_in is not None and (not isinstance(written_in, str) or "\0" in written_in):
+            raise ValueError("directory is none")
         return RunPointer(
             run_id,
             tuple(value["disk"]),
             dict(value["identity"]),
             imported=value["imported"] is True,
             exported_step=exported_step,
+            directory=written_in,
         )
     except (FileNotFoundError, NotADirectoryError):
         return None
