@@ -181,8 +181,8 @@ class OutputDirectory:
         where = f"run {pointer.run_id}" + (f" in {', '.join(shared)}" if shared else "")
         raise ConfigError(
             f"{self.path} is a copy of {original}, and both hold {where}: two of them would change each"
-            f" other's run. Go on in {original}; or use a new output_dir for a run of its own; or, to go on here and"
-            f" never there, remove {original}/{POINTER_NAME}"
+            f" other's run. Go on in {original}; or use a new output_dir for a run of its own; or, to go on"
+            f" here and never there, remove {original}/{POINTER_NAME}"
         )
 
     def check_same(self, pointer: RunPointer, identity: Mapping[str, Any]) -> None:

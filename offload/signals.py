@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
@@ -22,80 +23,22 @@ __all__ = ["OrderlyEnd", "StopRequest"]
 WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopRequest:
-    """A context manager inside which the first signal only sets `requested`.
+class _Watched(ABC):
+    """Inside, `_first` is called for the first watched signal, and the second leaves.
 
-    Args:
-        on_request: called once with the signal, from the handler; it may print.
-    """
-
-    def __init__(self, on_request: Callable[[signal.Signals], None]) -> None:
-        self.requested: signal.Signals | None = None
-        self._on_request = on_request
-        self._handlers = _Handlers(self._handle)
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number as shells count it, or 0."""
-        return 0 if self.requested is None else 128 + self.requested
-
-    def __enter__(self) -> Self:
-        self._handlers.install()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._handlers.remove()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
-            _leave(number)
-        self.requested = signal.Signals(number)
-        self._on_request(self.requested)
-
-
-class OrderlyEnd:
-    """A context manager inside which the first signal raises, so that what was begun is taken back.
-
-    SIGINT raises `KeyboardInterrupt` as ever, SIGTERM `SystemExit(143)`.
+    Installs one handler for all, and the thread that acts on the second.
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._handlers = _Handlers(self._handle)
-
-    def __enter__(self) -> Self:
-        self._handlers.install()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._handlers.remove()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            _leave(number)
-        self._asked = True
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
-
-
-class _Handlers:
-    """Installs one handler for every watched signal, and the thread that acts on the second."""
-
-    def __init__(self, handle: Callable[[int, FrameType | None], None]) -> None:
-        self._handle = handle
+        self._count = 0
         self._previous: dict[signal.Signals, Any] = {}
         self._previous_fd = -1
         self._write_fd = -1
         self._watcher: threading.Thread | None = None
 
-    def install(self) -> None:
+    def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
-            return
+            return self
         read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)
         self._watcher = threading.Thread(target=_watch, args=(read_fd,), name="offload signals", daemon=True)
@@ -104,8 +47,11 @@ class _Handlers:
         self._previous_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
         for number in WATCHED:
             self._previous[number] = signal.signal(number, self._handle)
+        return self
 
-    def remove(self) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
@@ -114,6 +60,50 @@ class _Handlers:
             os.close(self._write_fd)
             self._watcher.join()
             self._watcher = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if self._count > 1:
+            _leave(number)
+        self._first(signal.Signals(number))
+
+    @abstractmethod
+    def _first(self, number: signal.Signals) -> None:
+        """Act on the first signal, in its handler."""
+
+
+class StopRequest(_Watched):
+    """A context manager inside which the first signal only sets `requested`.
+
+    Args:
+        on_request: called once with the signal, from the handler; it may print.
+    """
+
+    def __init__(self, on_request: Callable[[signal.Signals], None]) -> None:
+        super().__init__()
+        self.requested: signal.Signals | None = None
+        self._on_request = on_request
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number as shells count it, or 0."""
+        return 0 if self.requested is None else 128 + self.requested
+
+    def _first(self, number: signal.Signals) -> None:
+        self.requested = number
+        self._on_request(number)
+
+
+class OrderlyEnd(_Watched):
+    """A context manager inside which the first signal raises, so that what was begun is taken back.
+
+    SIGINT raises `KeyboardInterrupt` as ever, SIGTERM `SystemExit(143)`.
+    """
+
+    def _first(self, number: signal.Signals) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
 
 
 def _watch(read_fd: int) -> None:
