@@ -10,7 +10,8 @@ accelerate does it, so no other thread may build modules meanwhile.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,8 @@ def open_pretrained(
         CorruptionError: a weights file cannot be read.
     """
     path = _check_directory(directory)
-    try:
+    with _refusing(f"transformers cannot use {path / 'config.json'}"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    # What transformers raises for a config that is no mapping, or whose values are of other types.
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"transformers cannot use {path / 'config.json'}: {_first_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
@@ -65,11 +63,8 @@ def open_pretrained(
             f"{path} is quantized ({method}); full fine-tuning needs dense weights: "
             "save the model dequantized, or take the original it was made from"
         )
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not a causal language model: {_first_line(error)}") from error
+    with _refusing(f"{path} is not a causal language model"), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     # init_empty_weights replaces every parameter by a new one, which undoes the sharing.
     model.tie_weights()
     model.config.use_cache = False
@@ -95,13 +90,9 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
             f"{path} has no tokenizer: none of {', '.join(VOCABULARY_PATTERNS)} is there; "
             "copy the tokenizer's files of the model into it"
         )
-    try:
+    cure = "copy the tokenizer's files of the model again"
+    with _refusing(f"the tokenizer of {path} cannot be loaded", cure):
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"the tokenizer of {path} cannot be loaded: {_first_line(error)}; "
-            "copy the tokenizer's files of the model again"
-        ) from error
 
 
 def _check_directory(directory: str | os.PathLike[str]) -> Path:
@@ -128,6 +119,15 @@ def _load_buffers(model: torch.nn.Module, source: PretrainedSource) -> None:
                     buffer.copy_(source.load(full_name))
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:300] if text else type(error).__name__
+@contextmanager
+def _refusing(what: str, cure: str = "") -> Iterator[None]:
+    """Turn what the libraries raise over a file into one `ConfigError`.
+
+    That can be anything: over values of other types they fail wherever these are used first, and tokenizers
+    raises bare `Exception`. Nothing of ours runs inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"{what}: {said}{'; ' if cure else ''}{cure}") from error

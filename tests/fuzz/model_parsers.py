@@ -1,17 +1,21 @@
-"""Harnesses over the files of a model directory: a safetensors header, an index of shards."""
+"""Harnesses over the files of a model directory: a safetensors header, an index of shards, other JSON."""
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 import struct
+import tempfile
 from pathlib import Path
 
 import torch
 import transformers
+from finetune.conftest import make_model_directory
 from fuzz.harness import Harness, touching
 
-from offload.hf import PretrainedSource, source
+from offload.errors import ConfigError
+from offload.hf import PretrainedSource, load_tokenizer, open_pretrained, source
 
 __all__ = ["HARNESSES"]
 
@@ -99,7 +103,52 @@ def _indexes() -> list[bytes]:
     return [json.dumps(index).encode()]
 
 
+@functools.cache
+def _small_files() -> dict[str, bytes]:
+    """Return the files of a small model directory."""
+    with tempfile.TemporaryDirectory() as name:
+        make_model_directory(Path(name))
+        return {path.name: path.read_bytes() for path in Path(name).iterdir()}
+
+
+def _place(data: bytes, name: str, folder: Path) -> Path:
+    directory = folder / "model"
+    directory.mkdir(exist_ok=True)
+    for other, content in {**_small_files(), name: data}.items():
+        (directory / other).write_bytes(content)
+    return directory
+
+
+def _parse_config(data: bytes, folder: Path) -> None:
+    # The size of a model is not limited, nor how many of them a number of five digits is.
+    if re.search(rb"\d{4}|[eE]\+?\d|[Ii]nf", data) is None:
+        open_pretrained(_place(data, "config.json", folder))[1].close()
+    else:
+        raise ConfigError("not for this harness")
+
+
+def _parse_tokenizer(data: bytes, folder: Path) -> None:
+    load_tokenizer(_place(data, "tokenizer.json", folder))
+
+
+def _parse_tokenizer_settings(data: bytes, folder: Path) -> None:
+    load_tokenizer(_place(data, "tokenizer_config.json", folder))
+
+
+def _config() -> list[bytes]:
+    config = json.loads(_small_files()["config.json"])
+    small = {**config, "transformers_version": "5.0", "rope_parameters": None, "rms_norm_eps": 0.001}
+    return [json.dumps(small).encode()]
+
+
 HARNESSES = (
+    Harness(name="model_config", parse=_parse_config, seeds=_config),
+    Harness(name="tokenizer", parse=_parse_tokenizer, seeds=lambda: [_small_files()["tokenizer.json"]]),
+    Harness(
+        name="tokenizer_settings",
+        parse=_parse_tokenizer_settings,
+        seeds=lambda: [_small_files()["tokenizer_config.json"]],
+    ),
     Harness(name="header", parse=_parse_header, seeds=lambda: [_header()]),
     Harness(
         name="safetensors", kind="bytes", parse=_parse_safetensors, seeds=lambda: [_safetensors(_header())]

@@ -18,7 +18,7 @@ from fuzz.mutation import mutate
 from offload.errors import StateError
 
 # Mutations of a harness; each of the slow two opens, checks and exports a run, or trains with it.
-NUM_MUTATIONS = {"run": 40, "resume": 25}
+NUM_MUTATIONS = {"run": 40, "resume": 25, "model_config": 60, "tokenizer": 60, "tokenizer_settings": 60}
 MANY = 400
 MAX_NBYTES = 1 << 16
 
