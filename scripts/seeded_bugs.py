@@ -187,7 +187,7 @@ BUGS = (
     Bug(
         "forget-the-random-state",
         "compose.py",
-        '    restore_rng(store.state["rng"])\n',
+        "    restore_rng(point.rng)\n",
         "",
         (_CRASH,),
     ),
