@@ -55,8 +55,6 @@ def doctor_command() -> Callable[..., None]:
         ] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     ) -> None:
-        # The engine's messages would come before the screen that says the same.
-        logging.getLogger("offload.aio").setLevel(logging.WARNING if debug else logging.ERROR)
         # Imported here, so that --help is quick.
         try:
             from ..doctor.checks import find_problems
@@ -65,15 +63,25 @@ def doctor_command() -> Callable[..., None]:
             from ..doctor.finding import exit_code
             from ..doctor.screen import print_screen
         except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "offload"):
+                raise
             raise PlanError(
-                f"{error.name} is not installed: python3 -m pip install {error.name}, or install offload with"
+                f"{package} is not installed: python3 -m pip install {package}, or install offload with"
                 " its dependencies (python3 -m pip install .)"
             ) from error
+        logger = logging.getLogger("offload.aio")
+        level = logger.level
+        if not debug:
+            # The engine's messages would come before the screen that says the same.
+            logger.setLevel(logging.ERROR)
         try:
             facts = collect_facts(directories or [])
         except KeyboardInterrupt:
             typer.echo("interrupted; nothing is left behind", err=True)
             raise typer.Exit(130) from None
+        finally:
+            logger.setLevel(level)
         findings = find_problems(facts)
         if json:
             sys.stdout.write(to_json(facts, findings))

@@ -103,8 +103,6 @@ class _Answer(Generic[Result]):
     def until(self, when_s: float) -> Result | None:
         """Wait until `when_s` of time.monotonic() and return the result, or raise what the call raised."""
         self._thread.join(max(0.0, when_s - time.monotonic()))
-        if self._thread.is_alive():
-            return None
         if self._error is not None:
             raise self._error
         return self._result

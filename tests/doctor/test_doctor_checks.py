@@ -77,6 +77,11 @@ def test_a_missing_torch_is_said_once():
     assert only(replace(facts, software=software)).id == "package-missing"
 
 
+def test_nvml_without_a_driver_is_nothing_wrong():
+    facts = with_torch(version="2.13.0+cpu", cuda=None, num_gpus=0)
+    assert find_problems(replace(facts, gpu=GpuFacts(problem="NVML Shared Library Not Found"))) == ()
+
+
 def test_any_version_will_do_where_none_is_asked_for():
     assert find_problems(with_package("tqdm", "0.1")) == ()
 
