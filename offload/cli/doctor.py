@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import PlanError
+from ..errors import ConfigError, PlanError
 
 __all__ = ["doctor_command"]
 
@@ -48,13 +48,17 @@ def doctor_command() -> Callable[..., None]:
 
     def doctor(
         directories: Annotated[
-            list[str] | None, typer.Argument(metavar="[DIR...]", help="Where runs are to lie, one a drive.")
+            list[str] | None, typer.Argument(metavar="DIR", help="Where runs are to lie, one a drive.")
         ] = None,
         json: Annotated[
             bool, typer.Option("--json", help="All facts and findings, for other programs.")
         ] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     ) -> None:
+        if directories and "" in directories:
+            raise ConfigError(
+                "a DIR is empty, as of a variable that is not set; name a directory on each drive"
+            )
         # Imported here, so that --help is quick.
         try:
             from ..doctor.checks import find_problems

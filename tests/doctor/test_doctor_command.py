@@ -87,6 +87,13 @@ def test_a_mistyped_option_names_the_right_one(capsys):
     assert "--json" in err
 
 
+def test_an_empty_name_is_not_the_working_directory(shown, capsys):
+    asked = shown(SOUND)
+    code, out, err = call(capsys, "/mnt/nvme0", "")
+    assert (code, out, asked) == (2, "", [])
+    assert err.startswith("error: a DIR is empty")
+
+
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
     def interrupted(directories: list[str]) -> Facts:
         raise KeyboardInterrupt
