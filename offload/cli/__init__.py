@@ -72,8 +72,8 @@ def _make_app() -> typer.Typer:
     either = {"token_normalize_func": lambda name: name.replace("-", "_")}
     app.command("finetune", context_settings=either)(finetune_command())
     app.command("bench", context_settings=either)(bench_command())
-    app.command("plan", context_settings=either)(plan_command())
     app.command("doctor", context_settings=either)(doctor_command())
+    app.command("plan", context_settings=either)(plan_command())
     app.command("runs", context_settings=either)(runs_command())
     app.command("verify", context_settings=either)(verify_command())
     app.command("export", context_settings=either)(export_command())
