@@ -120,7 +120,7 @@ def outcome(**changes):
     return plan_training(question(on, batch=8, length=256, **changes), SMALL).plan
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(host=st.integers(256, 3000), more=st.integers(0, 1000))
 def test_more_host_memory_is_never_slower(host, more):
     plans = [outcome(host_memory=size * MIB) for size in (host, host + more)]
@@ -129,7 +129,7 @@ def test_more_host_memory_is_never_slower(host, more):
         assert plans[1].step_s <= plans[0].step_s * 1.02
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(device=st.integers(200, 1800), more=st.integers(0, 1000))
 def test_more_device_memory_is_never_slower(device, more):
     plans = [outcome(device_memory=min(size, 2048) * MIB) for size in (device, device + more)]
@@ -137,7 +137,7 @@ def test_more_device_memory_is_never_slower(device, more):
         assert plans[1].step_s <= plans[0].step_s * 1.02
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(drives=st.integers(1, 6), clip=st.sampled_from([None, 1.0]), moments=st.sampled_from(MOMENTS))
 def test_another_drive_is_never_slower_and_wears_each_less(drives, clip, moments):
     changes = {"host_memory": 300 * MIB, "max_grad_norm": clip, "moments": moments, "tbw_nbytes": 10**12}
@@ -146,7 +146,7 @@ def test_another_drive_is_never_slower_and_wears_each_less(drives, clip, moments
     assert more.drive_nbytes < fewer.drive_nbytes
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     host=st.integers(20, 400),
     device=st.integers(20, 600),
@@ -172,6 +172,16 @@ def test_a_plan_is_within_its_budgets_and_a_lack_is_one(host, device, home, clip
         else:
             assert one.result.missing_nbytes > 0
     assert answer.plan is None or not answer.suggestions
+
+
+def test_the_fastest_is_chosen_even_where_it_writes_more():
+    on = example("workstation-4090-4-drives")
+    often = plan_training(question(on, save_steps=2), shape("llama-7b"))
+    seldom = plan_training(question(on), shape("llama-7b"))
+    by_home = {one.home: one.result for one in often.outcomes if one.moments == "float32"}
+    assert by_home[Tier.HOST].step_written_nbytes < by_home[Tier.DISK].step_written_nbytes
+    assert by_home[Tier.HOST].step_s > 1.1 * by_home[Tier.DISK].step_s
+    assert (often.plan.memory.home, seldom.plan.memory.home) == (Tier.DISK, Tier.HOST)
 
 
 def test_what_a_lack_asks_for_is_enough_and_less_is_not():

@@ -166,6 +166,22 @@ def test_a_runtime_attached_with_the_settings_of_a_plan_has_its_memory(moments, 
     assert disk == plan.drive_nbytes
 
 
+@pytest.mark.parametrize("rows", [None, 2])
+def test_the_memory_of_a_run_that_computes_in_bf16_is_planned(rows, tmp_path):
+    model = build("qwen3")
+    asked = question(
+        machine(memory=GIB, device=None),
+        host_memory=96 * MIB,
+        device_memory=64 * MIB,
+        batch=ROWS,
+        length=LENGTH,
+        compute_dtype="bfloat16",
+    )
+    plan = lay_out(asked, describe_model(model, "qwen3"), Choice(Tier.DISK, "float32", rows))
+    with offload.attach(model, disk=[tmp_path], device="cpu", **plan.settings) as runtime:
+        assert runtime.plan == plan.memory
+
+
 @pytest.mark.parametrize(
     ("results", "moments"),
     [("fewest_bytes", "float32"), ("fewest_bytes_8bit", "8bit"), ("fewest_bytes_tied", "float32")],
