@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -36,14 +37,17 @@ def main() -> int:
     parser.add_argument("harness", help="name of a harness, or all")
     parser.add_argument("--seconds", type=int, default=60, help="for each harness")
     parser.add_argument(
-        "--work", type=Path, help="where findings and the grown corpus go; kept between calls"
+        "--work",
+        type=Path,
+        default=ROOT / "build" / "fuzz",
+        help="where findings and the grown corpus go; kept between calls (default: build/fuzz)",
     )
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="offload-fuzz-") as scratch:
-        work = (given.work or Path(scratch)).absolute()
-        if given.harness == "all":
-            return _all(given.seconds, work)
-        return _fuzz(given.harness, given.seconds, work, Path(scratch))
+    work = given.work.absolute()
+    if given.scratch is not None:
+        return _fuzz(given.harness, given.seconds, work, given.scratch)
+    return _all(names_of_harnesses() if given.harness == "all" else [given.harness], given.seconds, work)
 
 
 def names_of_harnesses() -> list[str]:
@@ -54,11 +58,20 @@ def names_of_harnesses() -> list[str]:
     return found
 
 
-def _all(seconds: int, work: Path) -> int:
+def _all(names: list[str], seconds: int, work: Path) -> int:
     failed = []
-    for name in names_of_harnesses():
+    for name in names:
         command = [sys.executable, __file__, name, "--seconds", str(seconds), "--work", str(work)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        # libFuzzer leaves without cleaning up, so a process of its own has its folder from here.
+        with tempfile.TemporaryDirectory(prefix="offload-fuzz-") as scratch:
+            done = subprocess.run(
+                [*command, "--scratch", scratch],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                env={**os.environ, "TMPDIR": scratch},
+            )
         log = work / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(done.stdout + done.stderr)
