@@ -30,7 +30,7 @@ from uuid import uuid4
 from .checkpoint import write_json
 from .config import FinetuneConfig
 from .errors import ConfigError, DiskFullError, StateError, StorageError
-from .pointer import POINTER_NAME, RunPointer, read_pointer
+from .pointer import POINTER_NAME, RunPointer, find_original, is_same_directory, read_pointer
 from .store import list_runs, remove_run
 
 __all__ = ["OutputDirectory", "RunPointer"]
@@ -169,13 +169,10 @@ class OutputDirectory:
         Raises:
             ConfigError: names both directories and the drives.
         """
-        original = pointer.directory
-        if original is None or _is_same(original, self.path):
+        theirs, original = find_original(self.path, pointer), pointer.directory
+        if theirs is None:
             return
-        theirs = read_pointer(Path(original))
-        if theirs is None or theirs.run_id != pointer.run_id:
-            return
-        shared = [str(mine) for mine in disk if any(_is_same(mine, other) for other in theirs.disk)]
+        shared = [str(mine) for mine in disk if any(is_same_directory(mine, other) for other in theirs.disk)]
         if pointer.imported and not shared:
             return
         where = f"run {pointer.run_id}" + (f" in {', '.join(shared)}" if shared else "")
@@ -252,14 +249,6 @@ class OutputDirectory:
             # Something else may have been put there meanwhile; then it stays.
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-
-
-def _is_same(one: str | Path, other: str | Path) -> bool:
-    """Whether two names are of one directory that is there."""
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return False
 
 
 def _has_steps(directory: str, run_id: str) -> bool:

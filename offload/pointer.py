@@ -7,6 +7,7 @@ folders have proved themselves.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from uuid import UUID
 
 from .errors import CorruptionError, StorageError
 
-__all__ = ["POINTER_NAME", "RunPointer", "read_pointer"]
+__all__ = ["POINTER_NAME", "RunPointer", "find_original", "is_same_directory", "read_pointer"]
 
 POINTER_NAME = "run.json"
 
@@ -82,3 +83,30 @@ def read_pointer(directory: Path) -> RunPointer | None:
         raise CorruptionError(
             f"{path} is damaged ({error!r:.300}); restore it, or use another output_dir", path=str(path)
         ) from error
+
+
+def find_original(directory: Path, pointer: RunPointer) -> RunPointer | None:
+    """Return what the output directory says that `directory` is a copy of; None where it is none.
+
+    A directory that was moved is no copy: nothing is left where it was written, or another run.
+
+    Args:
+        directory: where `pointer` was read.
+        pointer: what it says.
+
+    Raises:
+        CorruptionError: the original's `run.json` cannot be understood.
+        StorageError: it cannot be read.
+    """
+    if pointer.directory is None or is_same_directory(pointer.directory, directory):
+        return None
+    original = read_pointer(Path(pointer.directory))
+    return original if original is not None and original.run_id == pointer.run_id else None
+
+
+def is_same_directory(one: str | Path, other: str | Path) -> bool:
+    """Whether two names are of one directory that is there."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False

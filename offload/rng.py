@@ -110,8 +110,9 @@ def _read(
 ) -> tuple[tuple[Any, ...], dict[str, Any], torch.Tensor, list[torch.Tensor]]:
     """Return the states of Python, numpy, torch and each GPU, none of which was trusted."""
     try:
-        on_gpus = [_text_to_tensor(text) for text in state.get("cuda", [])]
-        _check_devices(len(on_gpus))
+        gpu_texts = list(state.get("cuda", []))
+        _check_devices(len(gpu_texts))
+        on_gpus = [_text_to_tensor(text) for text in gpu_texts]
         python, legacy = state["python"], state["numpy"]
         words = _text_to_words(python["words"], _NUM_WORDS + 1)
         key = np.array(_text_to_words(legacy["key"], _NUM_WORDS), np.uint32)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, CorruptionError, StorageError
-from ..pointer import POINTER_NAME, RunPointer, read_pointer
+from ..pointer import POINTER_NAME, RunPointer, find_original, read_pointer
 from ..report.terminal import printable
 from ..store import FoundRun, RunInfo, RunState, find_runs
 
@@ -81,7 +81,9 @@ def find_targets(arguments: Sequence[str]) -> tuple[Target, ...]:
         for output in _outputs(path):
             pointer = read_pointer(output)
             if pointer is not None:
-                outputs[pointer.run_id] = (output, pointer)
+                # Of a copy and the original that are both named, the original has the run.
+                if pointer.run_id not in outputs or find_original(output, pointer) is None:
+                    outputs[pointer.run_id] = (output, pointer)
                 places.setdefault(pointer.run_id, []).extend(pointer.disk)
         everything.append(str(path))
     found = {run.run_id: run for run in find_runs(everything)}

@@ -24,8 +24,9 @@ DIR is a directory that runs lie in (name all drives of a run together), an outp
 offload finetune, or one run's folder. Removed is only what is provably ours: run folders with a valid
 ownership file, or what an interrupted creation or export left, and in each only the names that
 offload gives its files. No symbolic link is followed. Kept, and named with the reason: a run in use, a folder
-with a foreign file in it, a run one of whose drives is not among the directories (--run ID removes what is
-here of it all the same). Of an output directory its exported model, metrics and configuration stay.
+with a foreign file in it, the run of an output directory that DIR is a copy of, a run one of whose
+drives is not among the directories (--run ID removes what is here of it all the same). Of an output
+directory its exported model, metrics and configuration stay.
 
 Examples:
 
@@ -127,6 +128,12 @@ def _why_kept(target: Target, *, alone: bool, leftovers: bool) -> str | None:
         return ""
     if run.state is RunState.IN_USE:
         return run.reason
+    if _is_copy(target):
+        original = target.pointer.directory if target.pointer is not None else None
+        return (
+            f"{target.output} is a copy of {original}, whose run this is; name {original} to remove the"
+            " run, or remove the copy by hand"
+        )
     if run.state is RunState.DRIVE_MISSING and not alone:
         return f"{run.reason}; --run {run.run_id} removes what is here"
     try:
@@ -134,6 +141,14 @@ def _why_kept(target: Target, *, alone: bool, leftovers: bool) -> str | None:
     except StorageError as error:
         return str(error)
     return None
+
+
+def _is_copy(target: Target) -> bool:
+    """Whether the run is that of the output directory that the one named was copied from."""
+    from ..pointer import find_original
+
+    output, pointer = target.output, target.pointer
+    return output is not None and pointer is not None and find_original(output, pointer) is not None
 
 
 def _run_item(target: Target) -> _Item:

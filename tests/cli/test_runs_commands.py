@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -353,3 +354,24 @@ def test_an_output_directory_loses_its_state_and_keeps_its_results(capsys, tmp_p
     code, out, _ = call(capsys, "clean", output, "--yes")
     assert (code, f"run {run} of {output}" in out) == (0, True)
     assert sorted(path.name for path in output.iterdir()) == ["final", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("order", ["copy", "copy first", "original first"])
+def test_a_copied_output_directory_never_removes_the_originals_run(capsys, tmp_path, order):
+    state = tmp_path / "original" / "state"
+    state.mkdir(parents=True)
+    run_id = begin([state])
+    point(tmp_path / "written", run_id, [state])
+    pointer = json.loads((tmp_path / "written" / "run.json").read_text())
+    pointer["directory"] = str(tmp_path / "original")
+    (tmp_path / "original" / "run.json").write_text(json.dumps(pointer))
+    copy = shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "written")
+    both = {"copy": [copy], "copy first": [copy, tmp_path / "original"]}
+    named = both.get(order, [tmp_path / "original", copy])
+    code, out, _ = call(capsys, "clean", "--yes", *named)
+    assert code == 0
+    assert (state / f"run-{run_id}").exists() == (order == "copy")
+    assert (copy / "run.json").exists()
+    if order == "copy":
+        assert f"{copy} is a copy of {tmp_path / 'original'}, whose run this is" in out
