@@ -29,7 +29,7 @@ test: setup ## Run the tests, the slow ones aside
 .PHONY: soak
 soak: setup ## Run the slow tests: real kills, large models, long runs, and copies as late as a GPU's
 	$(BIN)/python -m pytest -m slow --timeout=3600 $(ARGS)
-	OFFLOAD_DEBUG=1 $(BIN)/python -m pytest tests/runtime tests/test_device.py tests/test_buffers.py
+	OFFLOAD_DEBUG=1 $(BIN)/python -m pytest tests/runtime tests/device/test_device.py tests/buffers/test_buffers.py
 	$(BIN)/python scripts/sanitize.py --operations 100000
 	$(BIN)/python scripts/seeded_bugs.py
 

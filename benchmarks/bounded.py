@@ -23,7 +23,7 @@ from _models import add_model_arguments, open_model, random_tokens
 from _report import Report, add_report_arguments
 
 import offload
-import offload.compose
+import offload.runtime.compose
 from offload.errors import DiskFullError
 from offload.sizes import GIB, format_bytes, parse_bytes
 

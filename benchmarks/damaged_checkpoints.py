@@ -31,10 +31,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from offload.aio import open_engine
 from offload.cli import main as offload_command
-from offload.config import FinetuneConfig, load_config
 from offload.errors import CorruptionError, OffloadError
-from offload.finetune import finetune
 from offload.store import RunReader, list_runs
+from offload.training.config import FinetuneConfig, load_config
+from offload.training.finetune import finetune
 
 QUESTION = "what becomes of a run whose newest checkpoint is damaged?"
 END = 256

@@ -15,15 +15,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import ExportOptions
-    from .compose import attach
     from .errors import OffloadError
+    from .export.checkpoint import ExportOptions
     from .optim import AdamWOptions
-    from .options import RuntimeOptions
-    from .runtime import Runtime
+    from .runtime.compose import attach
+    from .runtime.options import RuntimeOptions
+    from .runtime.runtime import Runtime
+    from .runtime.stats import RuntimeStats
     from .sources import WeightSource
     from .specs import Tier
-    from .stats import RuntimeStats
     from .trace import Tracer
 
 __all__ = [
@@ -41,15 +41,15 @@ __all__ = [
 
 _HOMES = {
     "AdamWOptions": "optim",
-    "ExportOptions": "checkpoint",
+    "ExportOptions": "export.checkpoint",
     "OffloadError": "errors",
-    "Runtime": "runtime",
-    "RuntimeOptions": "options",
-    "RuntimeStats": "stats",
+    "Runtime": "runtime.runtime",
+    "RuntimeOptions": "runtime.options",
+    "RuntimeStats": "runtime.stats",
     "Tier": "specs",
     "Tracer": "trace",
     "WeightSource": "sources",
-    "attach": "compose",
+    "attach": "runtime.compose",
 }
 
 

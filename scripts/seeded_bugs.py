@@ -186,7 +186,7 @@ BUGS = (
     ),
     Bug(
         "forget-the-random-state",
-        "compose.py",
+        "runtime/compose.py",
         "    restore_rng(point.rng)\n",
         "",
         (_CRASH,),
@@ -200,7 +200,7 @@ BUGS = (
     ),
     Bug(
         "fetch-under-update",
-        "transfer.py",
+        "tiers/transfer.py",
         "                    if owner not in self._updating and owner not in self._copies:\n",
         "                    if owner not in self._copies:\n",
         ("tests/faults/test_under_update.py",),

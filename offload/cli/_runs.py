@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, CorruptionError, StorageError
-from ..pointer import POINTER_NAME, RunPointer, find_original, read_pointer
 from ..report.terminal import printable
 from ..store import FoundRun, RunInfo, RunState, find_runs
+from ..training.pointer import POINTER_NAME, RunPointer, find_original, read_pointer
 
 __all__ = [
     "Target",

@@ -145,7 +145,7 @@ def _why_kept(target: Target, *, alone: bool, leftovers: bool) -> str | None:
 
 def _is_copy(target: Target) -> bool:
     """Whether the run is that of the output directory that the one named was copied from."""
-    from ..pointer import find_original
+    from ..training.pointer import find_original
 
     output, pointer = target.output, target.pointer
     return output is not None and pointer is not None and find_original(output, pointer) is not None
@@ -164,8 +164,8 @@ def _run_item(target: Target) -> _Item:
 
 def _drop(target: Target) -> None:
     """Remove a run, then what names it: a kill in between leaves a name that this command removes again."""
-    from ..pointer import POINTER_NAME
     from ..store import remove_run
+    from ..training.pointer import POINTER_NAME
 
     directories = _directories(target)
     if directories:
@@ -185,7 +185,7 @@ def _directories(target: Target) -> list[str]:
 
 
 def _export_leftovers(targets: Sequence[Target], directories: Sequence[str]) -> list[Path]:
-    from ..export_folder import find_leftovers
+    from ..export.folder import find_leftovers
 
     places = [Path(os.path.abspath(directory)) for directory in directories]
     places += [target.output for target in targets if target.output is not None]
@@ -193,7 +193,7 @@ def _export_leftovers(targets: Sequence[Target], directories: Sequence[str]) -> 
 
 
 def _remove_leftover(folder: Path, *, dry_run: bool = False) -> None:
-    from ..export_folder import remove_export
+    from ..export.folder import remove_export
 
     remove_export(folder, dry_run=dry_run)
 

@@ -14,7 +14,7 @@ from ..errors import ConfigError, StateError
 from ..sizes import parse_bytes
 
 if TYPE_CHECKING:
-    from ..contents import Contents
+    from ..export.contents import Contents
     from ._runs import Target
 
 __all__ = ["export_command"]
@@ -94,11 +94,11 @@ def _export(
     import torch
 
     from ..aio import open_engine
-    from ..checkpoint import ExportOptions, check_export_target
-    from ..contents import read_contents
-    from ..progress import Progress
-    from ..run_export import export_run
+    from ..export.checkpoint import ExportOptions, check_export_target
+    from ..export.contents import read_contents
+    from ..export.run import export_run
     from ..store import RunReader
+    from ..training.progress import Progress
 
     check_export_target(to)
     _check_outside(target, to)

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import ALIASES, ELSEWHERE, GROUPS, FinetuneConfig, load_config
 from ..errors import ConfigError
-from ..signals import OrderlyEnd
+from ..training.config import ALIASES, ELSEWHERE, GROUPS, FinetuneConfig, load_config
+from ..training.signals import OrderlyEnd
 
 __all__ = ["finetune_command", "run"]
 
@@ -68,7 +68,7 @@ def run(config: FinetuneConfig) -> None:
     """Run a configuration; ends in `typer.Exit` with the run's exit code."""
     try:
         # Imported here: torch and transformers take seconds, which --help and a typo need not.
-        from ..finetune import finetune
+        from ..training.finetune import finetune
     except ModuleNotFoundError as error:
         if error.name in EXTRA:
             raise ConfigError(

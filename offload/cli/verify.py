@@ -214,7 +214,7 @@ def _place(generation: Generation, chunk: DamagedChunk) -> dict[str, Any]:
 def _tensors(generation: Generation, chunk: DamagedChunk) -> Sequence[str]:
     """Return which tensors lie in a chunk, as far as the run says."""
     # Imported here: torch takes seconds, and most runs are whole.
-    from ..contents import CONTENTS_KEY, read_contents, tensors_at
+    from ..export.contents import CONTENTS_KEY, read_contents, tensors_at
 
     if CONTENTS_KEY not in generation.identity:
         return ()
@@ -228,7 +228,7 @@ def _tensors(generation: Generation, chunk: DamagedChunk) -> Sequence[str]:
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """Show the bytes that were read, over all parts of a verification: each counts from 0 again."""
-    from ..progress import Progress
+    from ..training.progress import Progress
 
     echo: Callable[[str], None] = (lambda _: None) if quiet else (lambda text: typer.echo(f"  {text}"))
     before = last = 0

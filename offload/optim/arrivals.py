@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 from ..buffers import Arena
 from ..codec import view_elements
-from ..disk_gradients import DiskGradients
-from ..gradients import FinishedGradient
+from ..tiers.disk_gradients import DiskGradients
+from ..tiers.gradients import FinishedGradient
 from ..trace import Tracer
 from .kernel import squared_norm
 from .norms import GlobalNorm, GradientNorms

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from ..buffers import Arena, Lease, Pool
 from ..codec import OptimizerChunk
-from ..disk_gradients import DiskGradients
 from ..errors import OffloadError
-from ..records import RecordSet
 from ..store import Ticket
+from ..tiers.disk_gradients import DiskGradients
+from ..tiers.records import RecordSet
 from ..trace import Tracer
 
 __all__ = ["GradientParts"]

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from ..buffers import Arena, Lease, Pool
 from ..codec import OptimizerChunk
 from ..errors import OffloadError
-from ..masters import begin_reading_weights
-from ..records import RecordSet
 from ..specs import RecordKind
 from ..store import Store, Ticket
+from ..tiers.masters import begin_reading_weights
+from ..tiers.records import RecordSet
 from ..trace import Tracer
 
 __all__ = ["ChunkPipeline"]

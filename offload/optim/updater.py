@@ -26,10 +26,10 @@ from typing import Any
 from ..buffers import Arena, Lease, Pool
 from ..codec import OptimizerChunk
 from ..errors import StateError
-from ..gradients import FinishedGradient, GradientOnDisk
-from ..records import RecordSet
-from ..residents import ResidentRecords
 from ..store import Store
+from ..tiers.gradients import FinishedGradient, GradientOnDisk
+from ..tiers.records import RecordSet
+from ..tiers.residents import ResidentRecords
 from ..trace import Tracer
 from .arrivals import Measurement
 from .chunk import ChunkMemory, update_chunk

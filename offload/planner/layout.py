@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..compose import DEFAULT_ACTIVATIONS_NBYTES
-from ..config import MEMORY_SAVE_STEPS
 from ..device.cuda_staging import STAGING_NBYTES
 from ..errors import CapacityError
-from ..gradient_homes import PartLayout
-from ..options import RuntimeOptions
-from ..plan import MemoryPlan, plan_memory, smallest_plan
-from ..records import RecordSet, record_sets, store_records
+from ..runtime.compose import DEFAULT_ACTIVATIONS_NBYTES
+from ..runtime.options import RuntimeOptions
 from ..sizes import MIB, align_down, align_up, format_bytes
 from ..specs import MomentDType, Tier
+from ..tiers.gradient_homes import PartLayout
+from ..tiers.memory_plan import MemoryPlan, plan_memory, smallest_plan
+from ..tiers.records import RecordSet, record_sets, store_records
+from ..training.config import MEMORY_SAVE_STEPS
 from .model import ModelFacts
 from .plan import Lack, TrainingPlan
 from .question import Question

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import ConfigError
-from ..schedule import Schedule
+from ..tiers.schedule import Schedule
 from ..units import Unit, find_units
 from .shapes import Shape
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..options import RuntimeOptions
-from ..plan import MemoryPlan
+from ..runtime.options import RuntimeOptions
 from ..specs import Tier
+from ..tiers.memory_plan import MemoryPlan
 from .times import Link
 from .traffic import Traffic
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..codec import RecordFormat
 from ..errors import ConfigError
 from ..machine import Machine
-from ..options import ComputeDType
+from ..runtime.options import ComputeDType
 from ..sizes import MIB, align_down, format_bytes
 from ..specs import MomentDType, RecordDType, Tier
 

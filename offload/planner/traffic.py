@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..gradient_homes import PartLayout
-from ..options import RuntimeOptions
-from ..plan import MemoryPlan
-from ..records import RecordSet
-from ..schedule import Pass, Phase, Schedule, completion_order
+from ..runtime.options import RuntimeOptions
 from ..specs import Tier
+from ..tiers.gradient_homes import PartLayout
+from ..tiers.memory_plan import MemoryPlan
+from ..tiers.records import RecordSet
+from ..tiers.schedule import Pass, Phase, Schedule, completion_order
 
 __all__ = ["Fetches", "Traffic", "count_fetches", "step_traffic"]
 

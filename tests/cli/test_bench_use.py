@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import offload
-from offload import compose, io_setting
 from offload.aio import open_engine
 from offload.errors import ConfigError
 from offload.machine import DriveSpeed, IoSetting, Machine, SharedSpeed, file_system_id, save_machine
+from offload.runtime import compose, io_setting
 
 MEASURED = IoSetting(segment_nbytes=256 << 10, queue_depth=3)
 SHARED = IoSetting(segment_nbytes=512 << 10, queue_depth=5)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from offload.config import ALIASES, ELSEWHERE, GROUPS, FinetuneConfig, load_config
 from offload.errors import ConfigError
 from offload.sizes import GIB, MIB
+from offload.training.config import ALIASES, ELSEWHERE, GROUPS, FinetuneConfig, load_config
 
 REQUIRED = {"model_name_or_path": "m", "train_file": "t.txt", "output_dir": "o"}
 

@@ -13,7 +13,7 @@ import pytest
 from runs_cases import begin, call
 
 from offload.errors import LockedError, StorageError
-from offload.export_folder import find_leftovers, remove_export, work_folder
+from offload.export.folder import find_leftovers, remove_export, work_folder
 
 needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting needs root"
@@ -48,7 +48,7 @@ def test_a_full_disk_says_the_bytes_and_leaves_the_run(capsys, drive, mounted, m
     assert "needed (" in err and "free (" in err
     # A room that looks sufficient and is not: the space is gone when it is reserved.
     usage = type("Usage", (), {"free": 1 << 40})
-    monkeypatch.setattr("offload.checkpoint.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("offload.export.checkpoint.shutil.disk_usage", lambda _: usage)
     code, _, err = call(capsys, "export", drive, "--to", mounted / "deep" / "model")
     assert (code, "No space left on device" in err, "needed (" in err) == (75, True, True)
     assert list(mounted.iterdir()) == []
@@ -153,7 +153,7 @@ def test_two_exports_to_one_target_do_not_meet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_an_export_takes_the_place_of_another(tmp_path: Path, monkeypatch, exchanges: bool) -> None:
     if not exchanges:
-        monkeypatch.setattr("offload.export_folder._exchange", lambda *_: False)
+        monkeypatch.setattr("offload.export.folder._exchange", lambda *_: False)
     for text in ("one", "two"):
         with work_folder(tmp_path / "model") as work:
             (work / "offload_export.json").write_text('{"format": "offload-export", "files": ["a"]}')

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from offload.cli import main
-from offload.config import ALIASES, ELSEWHERE, FinetuneConfig
+from offload.training.config import ALIASES, ELSEWHERE, FinetuneConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,7 +88,7 @@ def test_flags_reach_the_run_and_its_exit_code_comes_back(
         seen.append(config)
         return SimpleNamespace(exit_code=code)
 
-    monkeypatch.setattr("offload.finetune.finetune", finetune)
+    monkeypatch.setattr("offload.training.finetune.finetune", finetune)
     path = tmp_path / "run.yaml"
     path.write_text("model_name_or_path: m\noutput_dir: o\nseed: 5\n")
     flags = ["--train-file", "a", "--train_file", "b", "--max-length=64"]
@@ -104,7 +104,7 @@ def test_ctrl_c_outside_the_loop_is_one_message(
     def finetune(config: FinetuneConfig) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("offload.finetune.finetune", finetune)
+    monkeypatch.setattr("offload.training.finetune.finetune", finetune)
     flags = ["--model_name_or_path", "m", "--train_file", "t", "--output_dir", "o"]
     code, _, err = call(capsys, "finetune", *flags)
     assert (code, err) == (130, "interrupted; run the same command again to go on\n")

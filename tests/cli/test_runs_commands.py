@@ -13,7 +13,7 @@ from runs_cases import begin, call, flip, point
 from safetensors.torch import load_file
 
 from offload.aio import open_engine
-from offload.export_folder import work_folder
+from offload.export.folder import work_folder
 from offload.store import RunReader, Store
 
 

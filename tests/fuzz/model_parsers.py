@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from finetune.conftest import make_model_directory
 from fuzz.harness import Harness, touching
+from training.conftest import make_model_directory
 
 from offload.errors import ConfigError
 from offload.hf import PretrainedSource, load_tokenizer, open_pretrained, source

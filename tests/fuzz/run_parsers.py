@@ -21,14 +21,14 @@ from toy_models import SETTINGS, build, train
 
 import offload
 from offload.aio import open_engine
-from offload.contents import read_contents, tensors_at
-from offload.export_folder import MARKER_NAME, check_export_target, remove_export
-from offload.output import OutputDirectory
-from offload.pointer import read_pointer
-from offload.resume_point import read_resume_point
-from offload.rng import capture_rng, restore_rng
-from offload.run_export import export_run
+from offload.export.contents import read_contents, tensors_at
+from offload.export.folder import MARKER_NAME, check_export_target, remove_export
+from offload.export.run import export_run
+from offload.runtime.resume_point import read_resume_point
+from offload.runtime.rng import capture_rng, restore_rng
 from offload.store import RunReader, find_runs, verify_reader
+from offload.training.output import OutputDirectory
+from offload.training.pointer import read_pointer
 
 __all__ = ["HARNESSES"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from fuzz.harness import Finding, Harness
 from report.bench_results import machine
 
-from offload.config import load_config
-from offload.data import find_files, read_texts
 from offload.machine import load_machine, save_machine
+from offload.training.config import load_config
+from offload.training.data import find_files, read_texts
 
 __all__ = ["HARNESSES"]
 

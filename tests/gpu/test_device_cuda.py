@@ -1,4 +1,4 @@
-"""The CUDA device on a real GPU: what only a driver can show. The rules are in tests/test_device.py."""
+"""The CUDA device on a real GPU: what only a driver can show. The rules are in tests/device."""
 
 from __future__ import annotations
 

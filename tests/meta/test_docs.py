@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.config import load_config
+from offload.training.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -182,4 +182,4 @@ def test_design_page_lists_the_layers_in_their_order():
         for node in source.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
     )
-    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == list(layers)
+    assert re.findall(r"^\| `([\w.]+)` \|", page, flags=re.MULTILINE) == list(layers)

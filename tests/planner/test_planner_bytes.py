@@ -16,14 +16,14 @@ from toy_models import LENGTH, ROWS, SETTINGS, VOCAB, build, make_batch, train
 import offload
 from offload.codec import RecordFormat
 from offload.errors import CapacityError
-from offload.plan import smallest_plan
 from offload.planner import TrainingPlan, describe_model
 from offload.planner.layout import Choice, lay_out
 from offload.planner.traffic import Traffic, count_fetches, step_traffic
 from offload.planner.work import saved_inputs_nbytes
-from offload.records import record_sets
 from offload.sizes import GIB, MIB, align_up
 from offload.specs import Tier
+from offload.tiers.memory_plan import smallest_plan
+from offload.tiers.records import record_sets
 from offload.trace import Tracer
 
 ROOT = Path(__file__).resolve().parents[2]

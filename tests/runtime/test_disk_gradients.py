@@ -14,14 +14,14 @@ import torch
 
 from offload.aio.sim import SimDisk, SimEngine
 from offload.buffers import Arena, Budget, Lease
-from offload.disk_gradients import DiskGradients
 from offload.errors import OffloadError, StateError
-from offload.gradient_homes import PartLayout
-from offload.gradients import FinishedGradient
 from offload.optim.arrivals import Arrivals
 from offload.optim.gradient_parts import GradientParts
 from offload.specs import Tier
 from offload.store import RecordSpec, Store
+from offload.tiers.disk_gradients import DiskGradients
+from offload.tiers.gradient_homes import PartLayout
+from offload.tiers.gradients import FinishedGradient
 from offload.trace import Tracer
 
 NUMEL, NBYTES = 1024, 4096

@@ -14,11 +14,11 @@ from test_clip import TIGHT, backward
 from toy_models import SETTINGS, build, make_batch, record_bytes
 
 import offload
-from offload import plan
 from offload.errors import CapacityError, CorruptionError, DiskFullError, StorageError
 from offload.sizes import align_up
 from offload.store import list_runs
 from offload.store import scratch as scratch_module
+from offload.tiers import memory_plan as plan
 from offload.trace import Tracer
 
 STEPS = 3

@@ -13,7 +13,7 @@ from toy_models import SETTINGS
 import offload
 from offload.errors import ConfigError, StateError
 from offload.optim import default_param_groups, updater
-from offload.transfer import Transfer
+from offload.tiers.transfer import Transfer
 
 WIDTH = 16
 

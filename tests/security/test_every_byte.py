@@ -17,8 +17,8 @@ from toy_models import SETTINGS, build, train
 
 import offload
 from offload.aio import open_engine
-from offload.contents import read_contents, tensors_at
 from offload.errors import CorruptionError, StorageError
+from offload.export.contents import read_contents, tensors_at
 from offload.store import RunReader, Store, fall_back, verify_reader
 
 NUM_FLIPS = 1000

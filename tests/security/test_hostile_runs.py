@@ -11,8 +11,8 @@ import pytest
 from offload.aio import crc32c, open_engine
 from offload.cli._runs import find_targets
 from offload.errors import CorruptionError, OffloadError, StorageError
-from offload.pointer import read_pointer
 from offload.store import RecordSpec, RunReader, RunState, Store, check_removable, find_runs
+from offload.training.pointer import read_pointer
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import torch
 from toy_models import SETTINGS, build, train
 import offload
 from offload.aio import open_engine
-from offload.contents import read_contents
-from offload.run_export import export_run
+from offload.export.contents import read_contents
+from offload.export.run import export_run
 from offload.store import RunReader, fall_back, list_runs, verify_reader
 
 seen = []

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from finetune.conftest import make_model_directory
+from training.conftest import make_model_directory
 
-from offload.config import load_config
 from offload.errors import ConfigError
 from offload.redaction import MASK, holds_secret, redact, redacted_output
+from offload.training.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,101 @@
+"""What an attached model's parameters hold while their values live elsewhere.
+
+A parameter becomes one on the meta device: shape, dtype and `requires_grad` are true, values are
+refused by torch itself. Its `.grad`, once backward has run, is a `StreamedGradient`: it has the shape
+of a gradient and refuses every operation, because the gradient has left with its unit and a norm or a
+clip computed from anything else would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import StateError
+
+__all__ = [
+    "StreamedGradient",
+    "placeholder",
+    "refuse_load_state_dict",
+    "refuse_state_dict",
+    "replace_parameters",
+]
+
+# What optimizers, schedulers and printing may ask of a gradient without touching its values.
+_HARMLESS = frozenset(
+    {"__get__", "__set__", "zero_", "detach_", "dim", "size", "numel", "is_floating_point", "requires_grad_"}
+)
+
+
+class StreamedGradient(torch.Tensor):
+    """Stands for a gradient that was handed to the streamed optimizer."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name not in _HARMLESS:
+            raise StateError(
+                f"{name} on a streamed gradient: its values have left with their unit, so their norm cannot"
+                " be taken or clipped here; attach with park_gradients=True and clip with"
+                " runtime.clip_grad_norm_(max_norm), or attach with max_grad_norm=..."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"StreamedGradient(shape={tuple(self.shape)})"
+
+
+def placeholder(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Return a parameter on the meta device with the shape, dtype and flags of `parameter`."""
+    empty = torch.empty_like(parameter, device="meta")
+    return torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def refuse_load_state_dict(*_: Any, **__: Any) -> None:
+    """Raise instead of copying values into placeholders, where they are lost; a pre-hook.
+
+    Raises:
+        StateError: always.
+    """
+    raise StateError(
+        "load_state_dict() of an attached model: its values live in the offload runtime; load them before"
+        " attaching, or bring the model back with runtime.detach() first"
+    )
+
+
+def replace_parameters(
+    model: torch.nn.Module, replacement: Callable[[str, torch.nn.Parameter], torch.nn.Parameter]
+) -> None:
+    """Put `replacement(name, parameter)` in the place of every parameter; shared ones stay shared.
+
+    Args:
+        replacement: called once per parameter, with the first of its names.
+    """
+    made: dict[int, torch.nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in made:
+            made[id(parameter)] = replacement(name, parameter)
+        prefix, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(prefix), leaf, made[id(parameter)])
+
+
+def refuse_state_dict(*_: Any, **__: Any) -> None:
+    """Raise instead of handing out placeholders; a `state_dict` pre-hook.
+
+    Raises:
+        StateError: always.
+    """
+    raise StateError(
+        "state_dict() of an attached model: its values live in the offload runtime; write them with"
+        " runtime.export(directory), go through them with runtime.parameters_by_unit(), or bring them back"
+        " with runtime.detach()"
+    )

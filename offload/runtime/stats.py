@@ -1,0 +1,57 @@
+"""What a runtime has moved and how busy it was: totals for people and benchmarks. No behaviour.
+
+Immutable; any thread may read one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..buffers import Budget
+from ..trace import Tracer
+
+__all__ = ["RuntimeStats"]
+
+
+@dataclass(frozen=True)
+class RuntimeStats:
+    """Totals since the runtime was attached or since `reset_stats`.
+
+    Attributes:
+        steps: optimizer steps.
+        disk_read_nbytes: bytes asked from drives.
+        disk_written_nbytes: bytes given to drives, manifests aside.
+        parked_read_nbytes: of `disk_read_nbytes`, those of gradients parked on disk.
+        parked_written_nbytes: of `disk_written_nbytes`, those of gradients parked on disk.
+        busy_s: seconds in which each link or worker was busy, by track name.
+        stall_s: seconds in which someone waited; included in `busy_s` as "stall".
+        host_high_water_nbytes: the most host memory under lease.
+        device_high_water_nbytes: the most device memory under lease.
+    """
+
+    steps: int
+    disk_read_nbytes: int
+    disk_written_nbytes: int
+    parked_read_nbytes: int
+    parked_written_nbytes: int
+    busy_s: Mapping[str, float]
+    stall_s: float
+    host_high_water_nbytes: int
+    device_high_water_nbytes: int
+
+    @classmethod
+    def collect(cls, steps: int, trace: Tracer, host: Budget, device: Budget) -> RuntimeStats:
+        """Return the totals of `trace` and the peaks of the budgets, `steps` optimizer steps in."""
+        counters, busy_s = trace.counters(), trace.busy_s()
+        return cls(
+            steps=steps,
+            disk_read_nbytes=counters.get("disk_read_nbytes", 0),
+            disk_written_nbytes=counters.get("disk_written_nbytes", 0),
+            parked_read_nbytes=counters.get("parked_read_nbytes", 0),
+            parked_written_nbytes=counters.get("parked_written_nbytes", 0),
+            busy_s=busy_s,
+            stall_s=busy_s.get("stall", 0.0),
+            host_high_water_nbytes=host.high_water_nbytes,
+            device_high_water_nbytes=device.high_water_nbytes,
+        )
