@@ -29,14 +29,15 @@ _IN_URL = re.compile(
 )
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{1,2}")
 _IN_QUERY = re.compile(
-    r"([?&](?:[a-z-]*(?:token|key|password|passwd|secret|sig|signature|credential))=)[^&\s'\"]+",
+    r"([?&](?:[a-z-]*(?:token|key|password|passwd|secret|sig|signature|credential))=)[^&\s'\"]{8,}",
     re.IGNORECASE,
 )
-# Source: the prefixes that the services document for secret scanning.
+# Source: the prefixes that the services document for secret scanning. As long as the services' tokens are, at
+# the least, so that `sk-finetune-smollm2-135m` and `hf_SmolLM2135MInstruct` stay names of directories.
 _TOKENS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
-    r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[opsur]_[A-Za-z0-9]{20,}"
-    r"|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}|xox[abeoprs]-[A-Za-z0-9-]{10,}"
+    r"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|sk-(?:[a-z0-9]{1,10}-){0,3}[A-Za-z0-9_]{20,}|gh[opsur]_[A-Za-z0-9]{20,}"
+    r"|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}|xox[abeoprs]-[0-9]{8,}-[A-Za-z0-9-]{10,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{35}|wandb_v1_[A-Za-z0-9_-]{20,}"
     r"|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"
     r")"
@@ -45,13 +46,13 @@ _NAME = re.compile(
     r"(?:^|_)(?:TOKEN|SECRET|KEY|PASSPHRASE|CREDENTIALS?)(?:_|$)|PASSWORD|PASSWD", re.IGNORECASE
 )
 # Shorter values are settings, and would be struck out of ordinary words.
-_MIN_LENGTH = 8
+_MIN_LENGTH = 12
 
 
 def redact(text: str) -> str:
     """Return `text` with every secret in it replaced.
 
-    >>> redact("cannot read https://me:word@host/file?token=1234")
+    >>> redact("cannot read https://me:word@host/file?token=12345678")
     'cannot read https://[redacted]@host/file?token=[redacted]'
     """
     for value in _secret_values():

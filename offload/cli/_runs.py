@@ -19,7 +19,14 @@ from typing import Any
 from ..errors import ConfigError, CorruptionError, StorageError
 from ..report.terminal import printable
 from ..store import FoundRun, RunInfo, RunState, find_runs
-from ..training.pointer import POINTER_NAME, RunPointer, find_original, read_pointer
+from ..training.pointer import (
+    POINTER_NAME,
+    RunPointer,
+    find_original,
+    is_same_directory,
+    read_pointer,
+    run_directories,
+)
 
 __all__ = [
     "Target",
@@ -66,7 +73,7 @@ def find_targets(arguments: Sequence[str]) -> tuple[Target, ...]:
     """
     everything: list[str] = []  # directories all of whose runs are meant
     places: dict[str, list[str]] = {}  # run -> directories that hold it, for runs that are meant alone
-    outputs: dict[str, tuple[Path, RunPointer]] = {}
+    outputs: list[tuple[Path, RunPointer]] = []
     for argument in arguments:
         path = Path(os.path.abspath(argument))
         if not path.is_dir():
@@ -81,19 +88,52 @@ def find_targets(arguments: Sequence[str]) -> tuple[Target, ...]:
         for output in _outputs(path):
             pointer = read_pointer(output)
             if pointer is not None:
-                # Of a copy and the original that are both named, the original has the run.
-                if pointer.run_id not in outputs or find_original(output, pointer) is None:
-                    outputs[pointer.run_id] = (output, pointer)
-                places.setdefault(pointer.run_id, []).extend(pointer.disk)
+                outputs.append((output, pointer))
         everything.append(str(path))
     found = {run.run_id: run for run in find_runs(everything)}
     for run_id, directories in places.items():
-        known = list(found[run_id].directories) if run_id in found else []
-        there = [directory for directory in [*known, *directories] if os.path.isdir(directory)]
-        runs = {run.run_id: run for run in find_runs(there)}
-        found[run_id] = runs.get(run_id) or _absent(run_id, directories)
-    targets = [Target(run, *outputs.get(run_id, (None, None))) for run_id, run in found.items()]
+        found[run_id] = _find(run_id, [*_directories(found.get(run_id)), *directories])
+    # An original before its copies: of those that name the same folders, it has the run.
+    outputs.sort(key=lambda named: find_original(*named) is not None)
+    targets: list[Target] = []
+    for output, pointer in outputs:
+        run = _of_output(output, pointer, found)
+        if not any(_is_same_run(run, target.run) for target in targets):
+            targets.append(Target(run, output, pointer))
+    targets += [
+        Target(run) for run in found.values() if not any(_is_same_run(run, target.run) for target in targets)
+    ]
     return tuple(sorted(targets, key=lambda target: -(target.run.newest.committed_s or 0)))
+
+
+def _of_output(output: Path, pointer: RunPointer, found: Mapping[str, FoundRun]) -> FoundRun:
+    """Return the run that an output directory names, with drives of it that only an argument names."""
+    directories = list(run_directories(output, pointer))
+    beside = _directories(found.get(pointer.run_id))
+    if any(is_same_directory(one, other) for one in beside for other in directories) or not any(
+        os.path.isdir(directory) for directory in directories
+    ):
+        directories += beside
+    return _find(pointer.run_id, directories)
+
+
+def _find(run_id: str, directories: Sequence[str]) -> FoundRun:
+    there = [directory for directory in dict.fromkeys(directories) if os.path.isdir(directory)]
+    runs = {run.run_id: run for run in find_runs(there)}
+    return runs.get(run_id) or _absent(run_id, directories)
+
+
+def _directories(run: FoundRun | None) -> list[str]:
+    return [] if run is None else list(run.directories)
+
+
+def _is_same_run(one: FoundRun, other: FoundRun) -> bool:
+    """Whether two are one run and have a folder in common; a copied run has its folders elsewhere."""
+    return one.run_id == other.run_id and any(
+        mine.path == theirs.path or is_same_directory(mine.path, theirs.path)
+        for mine in one.folders
+        for theirs in other.folders
+    )
 
 
 def choose(targets: Sequence[Target], wanted: str | None, arguments: Sequence[str]) -> Target:

@@ -145,10 +145,14 @@ def _why_kept(target: Target, *, alone: bool, leftovers: bool) -> str | None:
 
 def _is_copy(target: Target) -> bool:
     """Whether the run is that of the output directory that the one named was copied from."""
-    from ..training.pointer import find_original
+    from ..training.pointer import find_original, is_same_directory
 
-    output, pointer = target.output, target.pointer
-    return output is not None and pointer is not None and find_original(output, pointer) is not None
+    if target.output is None or target.pointer is None:
+        return False
+    original = find_original(target.output, target.pointer)
+    return original is not None and any(
+        is_same_directory(mine, theirs) for mine in _directories(target) for theirs in original.disk
+    )
 
 
 def _run_item(target: Target) -> _Item:

@@ -6,19 +6,24 @@ Owns nothing. Thread rule: any thread; no lock is held while an earlier transfer
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ..aio.engine import Engine, Op
+from ..errors import OffloadError
 from .drives import Drive
 from .span import Transfer
-from .ticket import Part, Ticket
+from .ticket import IO_TIMEOUT_S, Part, Ticket
 
 __all__ = ["submit", "submitting"]
 
 
 @contextmanager
 def submitting(ticket: Ticket, earlier: Sequence[Ticket]) -> Iterator[list[Part]]:
-    """Let earlier transfers of the same bytes end, then collect the parts that the block submits."""
+    """Let earlier transfers of the same bytes end, then collect the parts that the block submits.
+
+    An error in the block (Ctrl-C, too) leaves when what it had submitted has ended, since the caller, who
+    gets no ticket, takes the buffer to be its own again.
+    """
     parts: list[Part] = []
     try:
         for other in earlier:
@@ -26,6 +31,9 @@ def submitting(ticket: Ticket, earlier: Sequence[Ticket]) -> Iterator[list[Part]
         yield parts
     except BaseException as error:
         ticket.abandon(parts, error)
+        for part in parts:
+            with suppress(OffloadError):  # `error` is what is raised
+                part.request.wait(IO_TIMEOUT_S)
         raise
     ticket.start(parts)
 

@@ -10,10 +10,10 @@ Thread rule: the thread that trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import DiskFullError
+from ..errors import DiskFullError, StateError
 from ..runtime.resume_point import count_in, read_resume_point
 from ..runtime.rollback import Rollback
 from ..runtime.runtime import Runtime
@@ -47,13 +47,18 @@ class StepGuard:
             runtime.state, "batches", f"run {runtime.run_id}", default=runtime.global_step
         )
         self._note_rollback()
-        self._spikes = self._measured_spikes()
+        self._spikes = self._spikes_at(runtime.state, f"run {runtime.run_id}")
         self._kept_step = self._keep_newest()
 
     @property
     def state(self) -> dict[str, Any]:
         """What to commit with the step in progress."""
-        return {"step": self._runtime.global_step + 1, "batches": self.num_batches}
+        return {
+            "step": self._runtime.global_step + 1,
+            "batches": self.num_batches,
+            # Not only in the metrics, which a power cut may leave behind the commit.
+            "losses": self._spikes.losses,
+        }
 
     def next_batch(self) -> int:
         """Return the number of the next batch, from 0, and count it as seen."""
@@ -151,6 +156,9 @@ class StepGuard:
 
     def _state_of_rollback(self, reason: str) -> dict[str, Any]:
         """Return what to commit if the run goes back now: the data goes on behind this batch."""
+        # Without losses: those of the step gone back to count, and that is not known yet. A resume has them
+        # of the metrics, so these must be on the drive.
+        self._output.sync_metrics()
         event = {"batch": self.num_batches, "from_step": self._runtime.global_step, "reason": reason}
         return {"batches": self.num_batches, "rolled_back": event}
 
@@ -162,7 +170,7 @@ class StepGuard:
         self._kept_step = done.step
         self._output.cut_metrics(done.step)
         self._note_rollback()
-        self._spikes = self._measured_spikes()
+        self._spikes = self._spikes_at(user, f"snapshot {taken.name}")
         self._progress.line(
             f"went back from step {done.from_step} to step {done.step} (snapshot {done.snapshot});"
             f" batches {first} to {self.num_batches} are skipped"
@@ -177,5 +185,11 @@ class StepGuard:
         if record not in self._output.read_metrics():
             self._output.append_metrics(record)
 
-    def _measured_spikes(self) -> LossSpikes:
-        return LossSpikes(record["loss"] for record in self._output.read_metrics() if "loss" in record)
+    def _spikes_at(self, user: Mapping[str, Any], what: str) -> LossSpikes:
+        """Return the range of the losses before a committed point; of the metrics where it does not say."""
+        losses = user.get("losses")
+        if losses is None:
+            losses = [record["loss"] for record in self._output.read_metrics() if "loss" in record]
+        elif not isinstance(losses, list) or not all(type(loss) is float for loss in losses):
+            raise StateError(f"{what} cannot be resumed: its committed 'losses' are no list of numbers")
+        return LossSpikes(losses)

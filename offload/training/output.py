@@ -31,7 +31,14 @@ from ..errors import ConfigError, DiskFullError, StateError, StorageError
 from ..export.checkpoint import write_json
 from ..store import list_runs, remove_run
 from .config import FinetuneConfig
-from .pointer import POINTER_NAME, RunPointer, find_original, is_same_directory, read_pointer
+from .pointer import (
+    POINTER_NAME,
+    RunPointer,
+    find_original,
+    is_same_directory,
+    read_pointer,
+    run_directories,
+)
 
 __all__ = ["OutputDirectory", "RunPointer"]
 
@@ -143,14 +150,16 @@ class OutputDirectory:
         """
         if pointer.imported:
             raise StateError(f"run {pointer.run_id} has committed steps; it is not removed")
-        for directory in pointer.disk:
+        # A directory that was moved has its state within it still.
+        directories = run_directories(self.path, pointer)
+        for directory in directories:
             if _has_steps(directory, pointer.run_id):
                 raise StateError(
                     f"{self.path / POINTER_NAME} says that run {pointer.run_id} was never imported, and in"
                     f" {directory} it has committed steps: it is not removed. {self.path} may be an old copy"
                     " of the directory that the run goes on in; use another output_dir"
                 )
-        for directory in pointer.disk:
+        for directory in directories:
             _remove_run(directory, pointer.run_id)
         for name in (CONFIG_NAME, METRICS_NAME, POINTER_NAME):
             (self.path / name).unlink(missing_ok=True)
@@ -205,6 +214,15 @@ class OutputDirectory:
                 file.write(line)
         except OSError as error:
             _fail(error, self.metrics, len(line))
+
+    def sync_metrics(self) -> None:
+        """Let the records so far outlast a power cut."""
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
+            _sync_directory(self.path)
+        except OSError as error:
+            _fail(error, self.metrics, 0)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the records so far."""
@@ -268,13 +286,25 @@ def _remove_run(directory: str, run_id: str) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file beside `path` that takes its place when it is whole."""
+    """Write a file beside `path` that takes its place, durably, when it is whole."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
+        _sync_directory(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _step_of(line: str) -> float:

@@ -16,7 +16,14 @@ from uuid import UUID
 
 from ..errors import CorruptionError, StorageError
 
-__all__ = ["POINTER_NAME", "RunPointer", "find_original", "is_same_directory", "read_pointer"]
+__all__ = [
+    "POINTER_NAME",
+    "RunPointer",
+    "find_original",
+    "is_same_directory",
+    "read_pointer",
+    "run_directories",
+]
 
 POINTER_NAME = "run.json"
 
@@ -83,6 +90,23 @@ def read_pointer(directory: Path) -> RunPointer | None:
         raise CorruptionError(
             f"{path} is damaged ({error!r:.300}); restore it, or use another output_dir", path=str(path)
         ) from error
+
+
+def run_directories(directory: Path, pointer: RunPointer) -> tuple[str, ...]:
+    """Return where the folders of a run are, read in `directory`: what lay in it has come along with it.
+
+    Args:
+        directory: where `pointer` was read; perhaps another than it was written in.
+        pointer: what it says.
+    """
+    if pointer.directory is None:
+        return pointer.disk
+    return tuple(
+        str(directory / os.path.relpath(disk, pointer.directory))
+        if Path(disk).is_relative_to(pointer.directory)
+        else disk
+        for disk in pointer.disk
+    )
 
 
 def find_original(directory: Path, pointer: RunPointer) -> RunPointer | None:

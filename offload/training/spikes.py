@@ -53,6 +53,11 @@ class LossSpikes:
     def __init__(self, losses: Iterable[float] = ()) -> None:
         self._losses: deque[float] = deque(losses, maxlen=WINDOW)
 
+    @property
+    def losses(self) -> list[float]:
+        """The last losses, the oldest first: what makes another one that decides alike."""
+        return list(self._losses)
+
     def check(self, loss: float) -> Spike | None:
         """Note the loss of the next step; return a spike if it is one."""
         before = tuple(self._losses)

@@ -356,22 +356,49 @@ def test_an_output_directory_loses_its_state_and_keeps_its_results(capsys, tmp_p
     assert sorted(path.name for path in output.iterdir()) == ["final", "metrics.jsonl"]
 
 
-@pytest.mark.parametrize("order", ["copy", "copy first", "original first"])
-def test_a_copied_output_directory_never_removes_the_originals_run(capsys, tmp_path, order):
-    state = tmp_path / "original" / "state"
+def copied(tmp_path: Path, state: Path) -> tuple[str, Path, Path]:
+    """Train in an output directory and copy it; return the run's id and both."""
+    original, copy = tmp_path / "original", tmp_path / "copy"
     state.mkdir(parents=True)
     run_id = begin([state])
-    point(tmp_path / "written", run_id, [state])
-    pointer = json.loads((tmp_path / "written" / "run.json").read_text())
-    pointer["directory"] = str(tmp_path / "original")
-    (tmp_path / "original" / "run.json").write_text(json.dumps(pointer))
-    copy = shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    pointer = json.loads((point(tmp_path / "written", run_id, [state]) / "run.json").read_text())
+    pointer["directory"] = str(original)
+    original.mkdir(exist_ok=True)
+    (original / "run.json").write_text(json.dumps(pointer))
     shutil.rmtree(tmp_path / "written")
-    both = {"copy": [copy], "copy first": [copy, tmp_path / "original"]}
-    named = both.get(order, [tmp_path / "original", copy])
+    shutil.copytree(original, copy)
+    return run_id, original, copy
+
+
+@pytest.mark.parametrize("order", ["copy", "copy first", "original first"])
+def test_a_copy_with_shared_drives_never_removes_the_originals_run(capsys, tmp_path, order):
+    run_id, original, copy = copied(tmp_path, tmp_path / "drive")
+    named = {"copy": [copy], "copy first": [copy, original], "original first": [original, copy]}[order]
     code, out, _ = call(capsys, "clean", "--yes", *named)
     assert code == 0
-    assert (state / f"run-{run_id}").exists() == (order == "copy")
+    assert (tmp_path / "drive" / f"run-{run_id}").exists() == (order == "copy")
     assert (copy / "run.json").exists()
     if order == "copy":
-        assert f"{copy} is a copy of {tmp_path / 'original'}, whose run this is" in out
+        assert f"{copy} is a copy of {original}, whose run this is" in out
+
+
+def test_a_copy_with_its_state_within_is_a_run_of_its_own(capsys, tmp_path):
+    run_id, original, copy = copied(tmp_path, tmp_path / "original" / "state")
+    code, out, _ = call(capsys, "runs", "--json", tmp_path)
+    listed = json.loads(out)["runs"]
+    assert code == 0
+    assert {run["output_dir"]: [folder["path"] for folder in run["folders"]] for run in listed} == {
+        str(output): [str(output / "state" / f"run-{run_id}")] for output in (original, copy)
+    }
+    assert call(capsys, "clean", "--yes", copy)[0] == 0
+    assert not (copy / "state").exists()
+    assert (original / "state" / f"run-{run_id}").exists()
+    assert call(capsys, "verify", original)[0] == 0
+
+
+def test_a_moved_output_directory_has_its_run_with_it(capsys, tmp_path):
+    _, original, copy = copied(tmp_path, tmp_path / "original" / "state")
+    shutil.rmtree(original)
+    assert call(capsys, "verify", copy)[0] == 0
+    assert call(capsys, "clean", "--yes", copy)[0] == 0
+    assert not (copy / "state").exists()

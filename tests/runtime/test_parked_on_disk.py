@@ -312,7 +312,7 @@ def test_a_flipped_bit_in_a_gradient_stops_the_run_with_the_last_commit_intact(t
             transfer.ticket.wait()
         buffer = bytearray(4096)
         file = scratch._drives[0].file
-        engine = scratch._engine
+        engine = scratch._transfers._engine
         engine.submit("read", file, buffer, 4096).wait()
         buffer[100] ^= 1
         engine.submit("write", file, buffer, 4096).wait()

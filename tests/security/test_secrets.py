@@ -222,7 +222,9 @@ def test_an_error_that_nobody_expected_repeats_no_secret() -> None:
         "https://a:b@c.d/e",
         "https:/a:b@c.d/e",
         "s3://key@bucket",
-        "https://h/x?a=1&X-Amz-Signature=abc",
+        "https://h/x?a=1&X-Amz-Signature=abcdef01",
+        "xoxb-123456789012-abcdefghijkl",
+        "sk-proj-" + "xY1" * 16,
         "sk-" + "x" * 40,
         "ghp_" + "x" * 36,
         "AKIA" + "A" * 16,
@@ -243,6 +245,8 @@ def test_what_looks_like_a_secret_is_one(text: str) -> None:
         "at 12:30/4 me@x",
         "the tokenizer gives token 300 and the model knows 257",
         "https://github.com/a/b?page=2",
+        "/data/sk-finetune-smollm2-135m-run1/task-sk-learning-rate-3e-4-warmup",
+        "/mnt/hf_SmolLM2135MInstruct/xoxs-experiments-1/lr=1e-4?key=3",
         "crc32c 854c5354, its first line says 00000000",
     ],
 )
@@ -256,8 +260,9 @@ def test_a_secret_is_known_by_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_
     for value in ENVIRONMENT.values():
         assert leaks(redact(f"<{value}>").encode()) == []
     monkeypatch.setenv("SSH_KEY", str(tmp_path))
-    monkeypatch.setenv("MAX_TOKENS", "40960000")
-    assert not holds_secret(f"{tmp_path} 40960000")
+    monkeypatch.setenv("MAX_TOKENS", "4096000000000000")
+    monkeypatch.setenv("RUN_KEY", "baseline-01")
+    assert not holds_secret(f"{tmp_path} 4096000000000000 baseline-01")
 
 
 def test_streams_are_redacted_and_given_back(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,8 @@ from offload.errors import (
     StorageError,
 )
 from offload.store import RecordSpec, Store
+from offload.store.submit import submitting
+from offload.store.ticket import IO_TIMEOUT_S, Part, Piece, Ticket
 
 CHUNK = 8192
 
@@ -482,3 +484,26 @@ def test_threads_that_share_a_record_see_whole_chunks(dirs):
         for thread in threads:
             thread.join()
         assert not failures
+
+
+def test_an_interrupted_submission_leaves_when_what_was_submitted_has_ended() -> None:
+    waited: list[float | None] = []
+
+    class Slow:
+        finished_s = None
+
+        def wait(self, timeout_s: float | None = None) -> None:
+            waited.append(timeout_s)
+            raise StorageError("a drive failed", path="/nvme0")
+
+        def done(self) -> bool:
+            return bool(waited)
+
+    def submit_two() -> None:
+        with submitting(Ticket("a", [Piece(0, 0, 1)], is_write=True), ()) as parts:
+            parts += [Part(Slow(), memoryview(b""), 0, "/nvme0", offset) for offset in (0, 4096)]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        submit_two()
+    assert waited == [IO_TIMEOUT_S] * 2

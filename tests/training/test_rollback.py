@@ -143,6 +143,21 @@ def test_a_loss_that_jumps_goes_back_too(
     assert model_bytes(tmp_path / "bad") == model_bytes(tmp_path / "good")
 
 
+def test_what_a_power_cut_takes_of_the_metrics_changes_no_decision(
+    make_config: Any, tmp_path: Path, disturb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.training.spikes.SMALLEST_WINDOW", 3)
+    disturb(b6=100.0)
+    settings = {"output_dir": tmp_path / "run", "on_loss_spike": "rollback", "snapshot_steps": 3}
+    finetune(make_config(**settings, max_steps=5), echo=lambda _: None)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    lines: list[str] = []
+    finetune(make_config(**settings, max_steps=7), echo=lines.append)
+    assert [line for line in lines if line.startswith("step 6, batch 6: the loss of step 6 jumped")]
+    assert [line for line in lines if line.startswith("went back from step 5 to step")]
+
+
 def test_it_goes_back_so_often_and_then_stops(make_config: Any, tmp_path: Path, disturb: Any) -> None:
     disturb(b5=math.nan, b6=math.nan, b7=math.nan, b8=math.nan)
     config = make_config(max_steps=8, max_rollbacks=1, **ROLLBACK)
