@@ -8,13 +8,17 @@ Figures are bytes per second of what moved, once: a copy of 1 GB that reads and 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "FORMAT",
@@ -195,6 +199,13 @@ def file_system_id(directory: str | os.PathLike[str]) -> str:
     return f"{os.major(number)}:{os.minor(number)}"
 
 
+@functools.cache  # takes milliseconds to make
+def _adapter() -> TypeAdapter[Machine]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Machine)
+
+
 def load_machine(path: Path) -> Machine:
     """Read a `machine.json`. Needs pydantic (`ImportError` without), unlike the rest of this module.
 
@@ -203,10 +214,10 @@ def load_machine(path: Path) -> Machine:
         ConfigError: it is no machine file; names the key that is wrong.
     """
     # Late: a model can be attached where pydantic is not installed.
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        return TypeAdapter(Machine).validate_json(path.read_bytes(), strict=False)
+        return _adapter().validate_json(path.read_bytes(), strict=False)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
