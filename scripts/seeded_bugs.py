@@ -56,7 +56,9 @@ _CRASH = (
     "tests/faults/test_crash_enumeration.py"
     "::test_a_sample_of_crashes_leaves_a_commit_and_the_run_ends_the_same[disk]"
 )
-_FAULT = "tests/faults/test_fault_loop.py::test_a_sample_of_faults_gives_the_same_run_or_a_clean_error[disk-0]"
+_FAULT = (
+    "tests/faults/test_fault_loop.py::test_a_sample_of_faults_gives_the_same_run_or_a_clean_error[disk-0]"
+)
 _STORE_CRASH = "tests/store/test_store_crash.py"
 _STORE_SIM = "tests/store/test_store_sim.py"
 
