@@ -156,9 +156,10 @@ class CpuDevice:
         memory.poison(lease)
 
     def _device_released(self, memory: Arena, lease: Lease) -> None:
-        pending = self._touching(memory, lease)
         arena = next(arena for arena, owned in self._arenas.items() if owned is memory)
         fences = arena.fences(lease.offset, lease.offset + lease.capacity_nbytes)
+        # Behind the fences: the copies of one that has just passed are not pending any more.
+        pending = self._touching(memory, lease)
         covering = [fence for fence in fences if isinstance(fence, LateEvent)]
         self._refuse(
             lease, [event for event in pending if not any(fence.covers(event) for fence in covering)]
