@@ -128,8 +128,7 @@ def _why_kept(target: Target, *, alone: bool, leftovers: bool) -> str | None:
         return ""
     if run.state is RunState.IN_USE:
         return run.reason
-    if _is_copy(target):
-        original = target.pointer.directory if target.pointer is not None else None
+    if original := _copied_from(target):
         return (
             f"{target.output} is a copy of {original}, whose run this is; name {original} to remove the"
             " run, or remove the copy by hand"
@@ -143,16 +142,17 @@ def _why_kept(target: Target, *, alone: bool, leftovers: bool) -> str | None:
     return None
 
 
-def _is_copy(target: Target) -> bool:
-    """Whether the run is that of the output directory that the one named was copied from."""
+def _copied_from(target: Target) -> str | None:
+    """Return the output directory that has the run if the one named is a copy of it, else None."""
     from ..training.pointer import find_original, is_same_directory
 
     if target.output is None or target.pointer is None:
-        return False
+        return None
     original = find_original(target.output, target.pointer)
-    return original is not None and any(
-        is_same_directory(mine, theirs) for mine in _directories(target) for theirs in original.disk
-    )
+    if original is None:
+        return None
+    shared = any(is_same_directory(mine, theirs) for mine in _directories(target) for theirs in original.disk)
+    return target.pointer.directory if shared else None
 
 
 def _run_item(target: Target) -> _Item:
