@@ -1,6 +1,6 @@
 """Lays one choice of home, formats and rows out on a machine: a plan, or what it lacks. Pure.
 
-The memory is laid out by the runtime's own `plan_memory`, called as `offload.attach` calls it, so what fits
+The memory is laid out by the runtime's own `plan_memory`, asked as `offload.attach` asks it, so what fits
 here fits there. Two things come on top that the runtime finds out by running: the saved inputs of the
 whole batch, and torch's temporaries on the device. Room for the first is asked for (`activations_nbytes`)
 where the runtime's share would not do; the second is kept off the device budget.
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..device.cuda_staging import STAGING_NBYTES
 from ..errors import CapacityError
-from ..runtime.compose import DEFAULT_ACTIVATIONS_NBYTES
+from ..runtime.memory import DEFAULT_ACTIVATIONS_NBYTES, memory_request
 from ..runtime.options import RuntimeOptions
 from ..sizes import MIB, align_down, align_up, format_bytes
 from ..specs import MomentDType, Tier
 from ..tiers.gradient_homes import PartLayout
-from ..tiers.memory_plan import MemoryPlan, plan_memory, smallest_plan
+from ..tiers.memory_plan import MemoryPlan
+from ..tiers.memory_planning import plan_memory, smallest_plan
+from ..tiers.memory_request import MemoryRequest
 from ..tiers.records import RecordSet, record_sets, store_records
 from ..training.config import MEMORY_SAVE_STEPS
 from .model import ModelFacts
@@ -93,18 +94,11 @@ class _Setup:
         # A GPU's copies that change the dtype pass through buffers of their own.
         self.staging_nbytes = 0 if question.machine.device is None else 2 * STAGING_NBYTES
 
-    @property
-    def memory_settings(self) -> Mapping[str, Any]:
-        """What the runtime gives its memory plan, beside budgets."""
-        options = self.options
-        return {
-            "trains": self.model.trains,
-            "home": options.resolved_home,
-            "gradient_itemsize": options.torch_gradient_dtype.itemsize,
-            "micro_gradients": options.sums_wide,
-            "parks": options.parks,
-            "parks_on_disk": bool(options.disk),
-        }
+    def memory_request(self, activations_nbytes: int) -> MemoryRequest:
+        """Return what the runtime asks its memory plan for, with so much for saved inputs."""
+        return memory_request(
+            self.options, self.schedule, self.records, self.model.trains, activations_nbytes
+        )
 
     @property
     def arena_limit_nbytes(self) -> int:
@@ -144,13 +138,10 @@ def _plan(setup: _Setup) -> tuple[MemoryPlan, bool]:
 def _plan_memory(setup: _Setup, activations_nbytes: int, *, fill: bool) -> MemoryPlan | None:
     try:
         return plan_memory(
-            setup.schedule,
-            setup.records,
+            setup.memory_request(activations_nbytes),
             host_limit_nbytes=setup.question.host_memory,
             device_limit_nbytes=setup.arena_limit_nbytes,
-            activations_nbytes=activations_nbytes,
             fill_activations=fill,
-            **setup.memory_settings,
         )
     except CapacityError:
         # What the runtime keeps for saved inputs by itself may be more than this batch saves.
@@ -219,9 +210,7 @@ def _notes(setup: _Setup, options: RuntimeOptions) -> tuple[str, ...]:
 
 
 def _lack_of_memory(setup: _Setup) -> Lack | None:
-    least = smallest_plan(
-        setup.schedule, setup.records, activations_nbytes=setup.saved_nbytes, **setup.memory_settings
-    )
+    least = smallest_plan(setup.memory_request(setup.saved_nbytes))
     device = least.device_nbytes + least.device_reserve_nbytes
     if device > setup.arena_limit_nbytes:
         needed = align_up(device + setup.staging_nbytes + setup.temporaries_nbytes, MIB)

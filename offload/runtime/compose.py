@@ -1,61 +1,39 @@
-"""Builds a runtime for a model: the composition root, where every part is made and wired once.
+"""Puts a model under a runtime: the composition root.
 
 The order matters: cut the model, open the device, plan memory (and refuse before anything is touched),
-open the store, reserve memory, start the threads, fill the records from their source or recover them,
-and only then replace the model's parameters and take over its units.
+build the parts (`building.py`: open the store, reserve memory, start the threads), fill the records from
+their source or recover them, and only then replace the model's parameters and take over its units.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from ..aio import open_engine
-from ..buffers import Budget
 from ..device import Device, open_device
-from ..errors import ConfigError, StateError, StorageError
+from ..errors import ConfigError, StateError
 from ..optim import StreamedAdamW, default_param_groups
-from ..optim.arrivals import Arrivals
-from ..optim.gradient_parts import GradientParts
-from ..optim.updater import Updater
-from ..sizes import MIB
 from ..sources import ModuleSource, WeightSource
-from ..specs import Tier
-from ..store import RecordSpec, Store, remove_run
-from ..store.scratch import Scratch
-from ..tiers.activations import Activations
-from ..tiers.disk_gradients import DiskGradients
-from ..tiers.gradient_homes import PartLayout
-from ..tiers.gradients import Gradients
-from ..tiers.masters import Masters
-from ..tiers.memory_plan import MemoryPlan, plan_memory, shared_owners
-from ..tiers.records import RecordSet, record_sets, store_records
-from ..tiers.residents import ResidentRecords
-from ..tiers.schedule import Schedule, completion_order, first_use_order
-from ..tiers.transfer import Transfer
+from ..tiers.memory_plan import MemoryPlan
+from ..tiers.memory_planning import plan_memory
+from ..tiers.records import RecordSet
 from ..trace import Tracer
-from ..units import Unit, find_units
-from .identity import check_same_run, run_identity
-from .io_setting import choose_io_setting
+from .blueprint import Blueprint
+from .building import build_parts
+from .memory import DEFAULT_ACTIVATIONS_NBYTES, memory_request
 from .options import RuntimeOptions
-from .parts import Committed, Parts
+from .parts import Parts
 from .placeholders import placeholder, refuse_load_state_dict, refuse_state_dict, replace_parameters
-from .resume_point import count_in, read_resume_point
-from .rng import DeviceRng, capture_rng, restore_rng
+from .resume_point import read_resume_point
+from .rng import capture_rng, restore_rng
 from .runtime import Runtime
 from .step import Step
 from .stream import StreamedUnit
 
 __all__ = ["attach"]
-
-_log = logging.getLogger("offload")
-
-# What saved inputs get at least when the user does not say: enough for 8 units of 2 x 256 x 1024 fp32.
-DEFAULT_ACTIVATIONS_NBYTES = 16 * MIB
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -100,20 +78,12 @@ def attach(
     """
     chosen = _resolve(options, settings)
     tracer = trace or Tracer(enabled=False)
-    units = find_units(model)
-    records = record_sets((unit.layout for unit in units), chosen.record_format, chosen.torch_compute_dtype)
-    schedule = Schedule(
-        tuple(unit.name for unit in units),
-        {unit.name: unit.records for unit in units},
-        wraps=not chosen.parks,
-    )
-    trains = {unit.name: unit.trained_records for unit in units}
+    blueprint = Blueprint.of(model, chosen)
     groups = [dict(group) for group in param_groups or _default_groups(model, chosen)]
-    _check_groups(groups, records)
+    _check_groups(groups, blueprint.records)
     with contextlib.ExitStack() as undo:
         device = undo.enter_context(open_device(chosen.device, device_memory=chosen.device_memory))
-        plan = _plan(chosen, schedule, records, trains, device)
-        parts = _build(model, chosen, units, records, device, plan, schedule, trains, tracer, undo)
+        parts = build_parts(blueprint, device, _plan(blueprint, device), tracer, undo)
         state: Mapping[str, Any] = {}
         if chosen.resume:
             state = _recover(parts)
@@ -155,226 +125,16 @@ def _check_groups(groups: list[dict[str, Any]], records: Mapping[str, RecordSet]
         )
 
 
-def _plan(
-    options: RuntimeOptions,
-    schedule: Schedule,
-    records: Mapping[str, RecordSet],
-    trains: Mapping[str, tuple[str, ...]],
-    device: Device,
-) -> MemoryPlan:
+def _plan(blueprint: Blueprint, device: Device) -> MemoryPlan:
+    options = blueprint.options
+    activations_nbytes = options.activations_nbytes or DEFAULT_ACTIVATIONS_NBYTES
     return plan_memory(
-        schedule,
-        records,
-        trains=trains,
-        home=options.resolved_home,
+        memory_request(options, blueprint.schedule, blueprint.records, blueprint.trains, activations_nbytes),
         host_limit_nbytes=options.host_memory,
         # What the device holds back for itself (staging for conversions) is not there to be planned.
         device_limit_nbytes=device.budget.free_nbytes,
-        gradient_itemsize=options.torch_gradient_dtype.itemsize,
-        micro_gradients=options.sums_wide,
-        parks=options.parks,
-        parks_on_disk=bool(options.disk),
-        activations_nbytes=options.activations_nbytes or DEFAULT_ACTIVATIONS_NBYTES,
         fill_activations=options.activations_nbytes is None,
     )
-
-
-def _build(
-    model: torch.nn.Module,
-    options: RuntimeOptions,
-    units: tuple[Unit, ...],
-    records: Mapping[str, RecordSet],
-    device: Device,
-    plan: MemoryPlan,
-    schedule: Schedule,
-    trains: Mapping[str, tuple[str, ...]],
-    trace: Tracer,
-    undo: contextlib.ExitStack,
-) -> Parts:
-    closers: list[Any] = []
-
-    def own(part: Any) -> Any:
-        closers.append(part)
-        undo.callback(part.close)
-        return part
-
-    closers.append(device)
-    store = _open_store(model, options, records, own)
-    scratch = _open_scratch(options, plan, records, store, own)
-    host_budget = Budget(Tier.HOST, options.host_memory)
-    host = own(device.host_arena(host_budget, plan.host_nbytes))
-    device_arena = own(device.arena(plan.device_nbytes))
-    residents = ResidentRecords(host, records) if plan.home is not Tier.DISK else None
-    host_weights = host.pool("weights", plan.host_weights) if plan.host_weights else None
-    host_gradients = host.pool("gradients", plan.host_gradients) if plan.host_gradients else None
-    updating = host.pool("weights under update", plan.host_updates) if plan.host_updates else None
-    staging = host.pool("optimizer chunks", plan.staging) if plan.staging else None
-    stack = host.stack("saved inputs", plan.activations_nbytes)
-    transfer = Transfer(
-        schedule=schedule,
-        records=records,
-        window=plan.window,
-        device=device,
-        host=host,
-        host_pool=host_weights,
-        device_arena=device_arena,
-        device_pool=device_arena.pool("weights", plan.device_weights),
-        store=store,
-        residents=residents,
-        keep_on_device=plan.home is Tier.DEVICE,
-        keep_host=not options.parks,
-        trace=trace,
-    )
-    undo.callback(transfer.close)
-    progress = Committed(0 if store is None else _step_of(store), 0 if store is None else store.generation)
-    num_threads = options.optimizer.num_threads or max(1, torch.get_num_threads() // 2)
-    disk_gradients = None
-    gradient_parts = None
-    if scratch is not None:
-        itemsize = options.torch_gradient_dtype.itemsize
-        disk_gradients = DiskGradients(
-            scratch=scratch,
-            host=host,
-            ring=host.pool("gradients on their way to disk", plan.gradient_ring),
-            numel={owner: records[owner].layout.trainable_numel for owner in plan.parked_on_disk},
-            layout=PartLayout(options.chunk_numel, itemsize),
-            trace=trace,
-        )
-        gradient_parts = GradientParts(
-            records=records,
-            disk=disk_gradients,
-            itemsize=itemsize,
-            host=host,
-            slots=host.pool("parts of gradients", plan.gradient_parts),
-            trace=trace,
-        )
-    arrivals = Arrivals(
-        host=host, disk=disk_gradients, num_threads=num_threads, on_error=transfer.fail, trace=trace
-    )
-    undo.callback(arrivals.close)
-    updater = Updater(
-        records=records,
-        host=host,
-        staging=staging,
-        weights=updating,
-        store=store,
-        residents=residents,
-        gradient_parts=gradient_parts,
-        num_threads=num_threads,
-        on_updated=transfer.end_update,
-        on_committed=progress.committed,
-        on_error=transfer.fail,
-        trace=trace,
-    )
-    undo.callback(updater.close)
-    predict = first_use_order if options.parks else completion_order
-    updater.expect(predict(schedule.order, trains))
-    gradients = Gradients(
-        records=records,
-        device=device,
-        host=host,
-        host_pool=host_gradients,
-        disk=disk_gradients,
-        device_arena=device_arena,
-        device_pool=device_arena.pool("gradients", plan.device_gradients),
-        # With `parks` every record has a place.
-        shared=() if options.parks else shared_owners(trains),
-        overflow=stack,
-        sum_wide=options.sums_wide,
-        parks=options.parks,
-        dtype=options.torch_gradient_dtype,
-        trace=trace,
-    )
-    return Parts(
-        model=model,
-        options=options,
-        units=units,
-        records=records,
-        plan=plan,
-        schedule=schedule,
-        transfer=transfer,
-        gradients=gradients,
-        activations=Activations(device, host, stack, trace),
-        updater=updater,
-        arrivals=arrivals,
-        disk_gradients=disk_gradients,
-        masters=Masters(host=host, host_pool=host_weights, staging=staging, store=store, residents=residents),
-        store=store,
-        residents=residents,
-        host_budget=host_budget,
-        device_budget=device.budget,
-        rng=DeviceRng(device.torch_device),
-        trace=trace,
-        progress=progress,
-        closers=closers,
-    )
-
-
-def _open_store(
-    model: torch.nn.Module,
-    options: RuntimeOptions,
-    records: Mapping[str, RecordSet],
-    own: Callable[[Any], Any],
-) -> Store | None:
-    if not options.disk:
-        return None
-    setting = choose_io_setting(options)
-    engine = own(
-        open_engine(options.io_engine, queue_depth=setting.queue_depth, segment_nbytes=setting.segment_nbytes)
-    )
-    specs = store_records(records)
-    store: Store
-    if options.resume:
-        assert options.run_id is not None
-        store = own(Store.open(options.disk, engine=engine, run_id=options.run_id))
-        check_same_run(store, options, records)
-    else:
-        store = own(
-            Store.create(
-                options.disk,
-                specs,
-                engine=engine,
-                run_id=options.run_id,
-                chunk_nbytes=options.chunk_nbytes or options.record_format.store_chunk_nbytes,
-                identity=run_identity(model, options, records),
-                room_for_snapshot=options.room_for_snapshot,
-            )
-        )
-    return store
-
-
-def _open_scratch(
-    options: RuntimeOptions,
-    plan: MemoryPlan,
-    records: Mapping[str, RecordSet],
-    store: Store | None,
-    own: Callable[[Any], Any],
-) -> Scratch | None:
-    """Reserve room on the drives for the gradients that the plan parks there."""
-    if not plan.parked_on_disk:
-        return None
-    assert store is not None, "the plan parks on disk where there is one"
-    layout = PartLayout(options.chunk_numel, options.torch_gradient_dtype.itemsize)
-    specs = [
-        RecordSpec(owner, layout.record_nbytes(records[owner].layout.trainable_numel))
-        for owner in plan.parked_on_disk
-    ]
-    try:
-        # A run that goes on has its snapshot, or is told when it takes one, before its first step.
-        room_for_snapshot = options.room_for_snapshot and not options.resume
-        scratch = store.scratch(specs, chunk_nbytes=layout.chunk_nbytes, room_for_snapshot=room_for_snapshot)
-    except StorageError:
-        if not options.resume:
-            # Nothing was written into the run: it goes again, as when its own room is not there.
-            store.close()
-            remove_run(options.disk, store.run_id)
-        raise
-    own(scratch)
-    return scratch
-
-
-def _step_of(store: Store) -> int:
-    return count_in(store.state, "step", f"run {store.run_id}", default=0)
 
 
 def _recover(parts: Parts) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ import offload
 from offload.aio import open_engine
 from offload.errors import ConfigError
 from offload.machine import DriveSpeed, IoSetting, Machine, SharedSpeed, file_system_id, save_machine
-from offload.runtime import compose, io_setting
+from offload.runtime import io_setting, storage
 
 MEASURED = IoSetting(segment_nbytes=256 << 10, queue_depth=3)
 SHARED = IoSetting(segment_nbytes=512 << 10, queue_depth=5)
@@ -62,7 +62,7 @@ def opened_with(
         seen.append(sizes)
         return open_engine(name, **sizes)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(compose, "open_engine", spy)
+    monkeypatch.setattr(storage, "open_engine", spy)
     caplog.set_level(logging.INFO, logger="offload")
     budgets = {"device": "cpu", "host_memory": "64MiB", "device_memory": "64MiB"}
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))

@@ -21,7 +21,7 @@ from small_files import Durable, SmallFiles
 from toy_models import record_bytes
 
 import offload
-import offload.runtime.compose
+import offload.runtime.storage
 import offload.store.files
 from offload import AdamWOptions, Runtime
 from offload.aio.sim import Fault, SimDisk, SimEngine, SimFile
@@ -118,7 +118,7 @@ class Machine:
     def running(self) -> Iterator[None]:
         """Let the runtime use these drives."""
         with pytest.MonkeyPatch.context() as patch, self.small_files.installed():
-            patch.setattr(offload.runtime.compose, "open_engine", self._open_engine)
+            patch.setattr(offload.runtime.storage, "open_engine", self._open_engine)
             # Of a data file there is only an empty one with its name.
             patch.setattr(offload.store.files, "clone_range", lambda *_: False)
             yield

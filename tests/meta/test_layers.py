@@ -42,6 +42,9 @@ LAYERS = (
     "tiers.schedule",  # pure order and window; plan reckons with both
     "tiers.gradient_homes",  # pure: which parked gradients stay in host memory
     "tiers.memory_plan",
+    "tiers.memory_request",
+    "tiers.memory_refusal",
+    "tiers.memory_planning",
     "probe",
     "tiers.disk_gradients",
     "tiers.gradients",
@@ -53,13 +56,17 @@ LAYERS = (
     "runtime.stream",
     "optim",
     "runtime.options",
+    "runtime.memory",
     "runtime.io_setting",
+    "runtime.blueprint",
     "export.shards",
     "export.folder",
     "export.checkpoint",  # runtime exports through it
     "export.run",
     "runtime.identity",
+    "runtime.storage",
     "runtime.parts",
+    "runtime.building",
     "runtime.step",
     "runtime.rollback",  # snapshots of a run, and the way back to one
     "runtime.stats",

@@ -22,7 +22,8 @@ from offload.planner.traffic import Traffic, count_fetches, step_traffic
 from offload.planner.work import saved_inputs_nbytes
 from offload.sizes import GIB, MIB, align_up
 from offload.specs import Tier
-from offload.tiers.memory_plan import smallest_plan
+from offload.tiers.memory_planning import smallest_plan
+from offload.tiers.memory_request import MemoryRequest
 from offload.tiers.records import record_sets
 from offload.trace import Tracer
 
@@ -80,15 +81,17 @@ def test_gradients_parked_on_disk_move_what_was_planned(name, tmp_path):
     facts = describe_model(model, name)
     layouts = (unit.layout for unit in facts.units)
     least = smallest_plan(
-        facts.schedule(wraps=False),
-        record_sets(layouts, RecordFormat("bfloat16", SETTINGS["chunk_numel"]), torch.float32),
-        trains=facts.trains,
-        home=Tier.DISK,
-        gradient_itemsize=4,
-        micro_gradients=False,
-        activations_nbytes=64 << 10,
-        parks=True,
-        parks_on_disk=True,
+        MemoryRequest(
+            schedule=facts.schedule(wraps=False),
+            records=record_sets(layouts, RecordFormat("bfloat16", SETTINGS["chunk_numel"]), torch.float32),
+            trains=facts.trains,
+            home=Tier.DISK,
+            gradient_itemsize=4,
+            micro_gradients=False,
+            activations_nbytes=64 << 10,
+            parks=True,
+            parks_on_disk=True,
+        )
     )
     settings = {"host_memory": least.host_nbytes + 8192, "activations_nbytes": 64 << 10, "max_grad_norm": 1.0}
     planned, moved = run(name, tmp_path, **settings)

@@ -27,7 +27,7 @@ import torch
 from toy_models import SETTINGS, build, loss_of, make_batch
 
 import offload
-import offload.runtime.compose
+import offload.runtime.storage
 from offload.store import list_runs, remove_run
 from offload.store.rundir import RunDirectory
 
@@ -81,7 +81,7 @@ class WatchedEngine:
 
 def set_trap(trap: Trap) -> None:
     """Wrap what the runtime calls; this process is about to end, so nothing is put back."""
-    open_engine: Callable[..., Any] = offload.runtime.compose.open_engine
+    open_engine: Callable[..., Any] = offload.runtime.storage.open_engine
     publish = RunDirectory.publish
 
     def watched_engine(*args: Any, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ def set_trap(trap: Trap) -> None:
         publish(folder, name)
         trap.passing("after rename")
 
-    offload.runtime.compose.open_engine = watched_engine
+    offload.runtime.storage.open_engine = watched_engine
     RunDirectory.publish = watched_publish
 
 

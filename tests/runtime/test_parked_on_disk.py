@@ -18,7 +18,7 @@ from offload.errors import CapacityError, CorruptionError, DiskFullError, Storag
 from offload.sizes import align_up
 from offload.store import list_runs
 from offload.store import scratch as scratch_module
-from offload.tiers import memory_plan as plan
+from offload.tiers import memory_planning as plan
 from offload.trace import Tracer
 
 STEPS = 3

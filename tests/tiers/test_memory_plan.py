@@ -13,7 +13,9 @@ from offload.codec import RecordFormat
 from offload.errors import CapacityError
 from offload.specs import TensorSpec, Tier, UnitLayout
 from offload.tiers.gradient_homes import PartLayout, choose_homes
-from offload.tiers.memory_plan import MemoryPlan, plan_memory, smallest_plan
+from offload.tiers.memory_plan import MemoryPlan
+from offload.tiers.memory_planning import plan_memory, smallest_plan
+from offload.tiers.memory_request import MemoryRequest
 from offload.tiers.records import record_sets
 from offload.tiers.schedule import Schedule
 
@@ -21,7 +23,7 @@ MIB = 1 << 20
 NUMELS = {"embed": 4 * MIB, "a": MIB, "b": MIB, "c": MIB, "norm": 64}
 
 
-def plan(host: int, device: int, *, home: Tier = Tier.DISK, **changes: Any) -> MemoryPlan:
+def request(*, home: Tier = Tier.DISK, **changes: Any) -> MemoryRequest:
     layouts = [
         UnitLayout(name, (TensorSpec(f"{name}.weight", (numel,), 0),)) for name, numel in NUMELS.items()
     ]
@@ -32,13 +34,20 @@ def plan(host: int, device: int, *, home: Tier = Tier.DISK, **changes: Any) -> M
         "micro_gradients": False,
         "activations_nbytes": MIB,
     }
-    return plan_memory(
-        Schedule((*NUMELS, "head"), needs),
-        record_sets(layouts, RecordFormat("bfloat16", MIB), torch.float32),
+    return MemoryRequest(
+        schedule=Schedule((*NUMELS, "head"), needs),
+        records=record_sets(layouts, RecordFormat("bfloat16", MIB), torch.float32),
         home=home,
+        **(settings | changes),
+    )
+
+
+def plan(host: int, device: int, *, fill_activations: bool = False, **changes: Any) -> MemoryPlan:
+    return plan_memory(
+        request(**changes),
         host_limit_nbytes=host,
         device_limit_nbytes=device,
-        **(settings | changes),
+        fill_activations=fill_activations,
     )
 
 
@@ -267,21 +276,7 @@ def test_a_plan_says_where_parked_gradients_wait() -> None:
 @pytest.mark.parametrize("home", list(Tier))
 @pytest.mark.parametrize("parks", [False, True])
 def test_the_smallest_plan_is_where_a_refusal_begins(home: Tier, parks: bool) -> None:
-    layouts = [
-        UnitLayout(name, (TensorSpec(f"{name}.weight", (numel,), 0),)) for name, numel in NUMELS.items()
-    ]
-    needs = {name: (name,) for name in NUMELS} | {"head": ("embed",)}
-    least = smallest_plan(
-        Schedule((*NUMELS, "head"), needs),
-        record_sets(layouts, RecordFormat("bfloat16", MIB), torch.float32),
-        trains=needs,
-        home=home,
-        gradient_itemsize=4,
-        micro_gradients=False,
-        activations_nbytes=MIB,
-        parks=parks,
-        parks_on_disk=parks,
-    )
+    least = smallest_plan(request(home=home, parks=parks, parks_on_disk=parks))
     device = least.device_nbytes + least.device_reserve_nbytes
     settings = {"home": home, "parks": parks, "parks_on_disk": parks}
     assert plan(least.host_nbytes, device, **settings).host_nbytes <= least.host_nbytes

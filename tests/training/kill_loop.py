@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-import offload.runtime.compose
+import offload.runtime.storage
 import offload.training.finetune
 from offload.aio import open_engine
 from offload.hf import load_tokenizer, open_pretrained
@@ -98,8 +98,8 @@ class Points:
         ]:
             for name in names:
                 self.watch(owner, name)
-        real: Callable[..., Any] = offload.runtime.compose.open_engine
-        offload.runtime.compose.open_engine = lambda *args, **kwargs: _Engine(real(*args, **kwargs), self)
+        real: Callable[..., Any] = offload.runtime.storage.open_engine
+        offload.runtime.storage.open_engine = lambda *args, **kwargs: _Engine(real(*args, **kwargs), self)
 
 
 class _Engine:

@@ -1,0 +1,58 @@
+"""What a runtime is to be built for, settled before anything is opened or reserved. No behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..tiers.records import RecordSet, record_sets
+from ..tiers.schedule import Schedule
+from ..units import Unit, find_units
+from .options import RuntimeOptions
+
+__all__ = ["Blueprint"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """A model cut into units, and how it is to be streamed.
+
+    Attributes:
+        model: as the user gave it.
+        options: how it is attached.
+        units: of the model.
+        records: of the units, by owner.
+        schedule: the predicted order of visits.
+        trains: for each unit, the owners whose gradients its backward adds to.
+    """
+
+    model: torch.nn.Module
+    options: RuntimeOptions
+    units: tuple[Unit, ...]
+    records: Mapping[str, RecordSet]
+    schedule: Schedule
+    trains: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, options: RuntimeOptions) -> Blueprint:
+        """Return the blueprint of `model`.
+
+        Raises:
+            UnitError: it cannot be cut into units.
+        """
+        units = find_units(model)
+        layouts = (unit.layout for unit in units)
+        return cls(
+            model=model,
+            options=options,
+            units=units,
+            records=record_sets(layouts, options.record_format, options.torch_compute_dtype),
+            schedule=Schedule(
+                tuple(unit.name for unit in units),
+                {unit.name: unit.records for unit in units},
+                wraps=not options.parks,
+            ),
+            trains={unit.name: unit.trained_records for unit in units},
+        )

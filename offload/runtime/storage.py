@@ -1,0 +1,92 @@
+"""Opens what a run has on its drives: the store, and the scratch area of parked gradients.
+
+Owns nothing: what is opened goes to `own`, which closes it. A new run whose scratch area finds no room is
+removed again, so that a refusal leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..aio import open_engine
+from ..errors import StorageError
+from ..store import RecordSpec, Store, remove_run
+from ..store.scratch import Scratch
+from ..tiers.gradient_homes import PartLayout
+from ..tiers.memory_plan import MemoryPlan
+from ..tiers.records import store_records
+from .blueprint import Blueprint
+from .identity import check_same_run, run_identity
+from .io_setting import choose_io_setting
+
+__all__ = ["open_scratch", "open_store"]
+
+
+def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> Store | None:
+    """Create the run's store, or open it for a resume; None without a disk.
+
+    Args:
+        blueprint: of the run.
+        own: takes over an engine or a store, to be closed, and returns it.
+
+    Raises:
+        ConfigError: the run that is resumed is of another model or format.
+        StorageError: a directory cannot be used, or the drives have too little room.
+    """
+    options = blueprint.options
+    if not options.disk:
+        return None
+    setting = choose_io_setting(options)
+    engine = own(
+        open_engine(options.io_engine, queue_depth=setting.queue_depth, segment_nbytes=setting.segment_nbytes)
+    )
+    store: Store
+    if options.resume:
+        assert options.run_id is not None
+        store = own(Store.open(options.disk, engine=engine, run_id=options.run_id))
+        check_same_run(store, options, blueprint.records)
+        return store
+    store = own(
+        Store.create(
+            options.disk,
+            store_records(blueprint.records),
+            engine=engine,
+            run_id=options.run_id,
+            chunk_nbytes=options.chunk_nbytes or options.record_format.store_chunk_nbytes,
+            identity=run_identity(blueprint.model, options, blueprint.records),
+            room_for_snapshot=options.room_for_snapshot,
+        )
+    )
+    return store
+
+
+def open_scratch(
+    blueprint: Blueprint, plan: MemoryPlan, store: Store | None, own: Callable[[Any], Any]
+) -> Scratch | None:
+    """Reserve room on the drives for the gradients that the plan parks there; None when it parks none.
+
+    Raises:
+        StorageError: the drives have too little room.
+    """
+    if not plan.parked_on_disk:
+        return None
+    assert store is not None, "the plan parks on disk where there is one"
+    options = blueprint.options
+    layout = PartLayout(options.chunk_numel, options.torch_gradient_dtype.itemsize)
+    specs = [
+        RecordSpec(owner, layout.record_nbytes(blueprint.records[owner].layout.trainable_numel))
+        for owner in plan.parked_on_disk
+    ]
+    try:
+        # A run that goes on has its snapshot, or is told when it takes one, before its first step.
+        room_for_snapshot = options.room_for_snapshot and not options.resume
+        scratch = store.scratch(specs, chunk_nbytes=layout.chunk_nbytes, room_for_snapshot=room_for_snapshot)
+    except StorageError:
+        if not options.resume:
+            # Nothing was written into the run: it goes again, as when its own room is not there.
+            store.close()
+            remove_run(options.disk, store.run_id)
+        raise
+    own(scratch)
+    return scratch
