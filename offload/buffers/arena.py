@@ -2,7 +2,7 @@
 
 Invariants: the memory is charged to a budget from construction to `close`; it is anonymous, private
 and mapped once; nothing here touches its pages, so a page costs memory only when its user writes it.
-Pools and stacks carved from one region never overlap.
+Pools and heaps carved from one region never overlap.
 
 First touch is the slow part (measured on a virtual machine: 1.8 GB/s with 4 KiB pages, 8 GB/s with
 transparent huge pages, against 20 GB/s for memory that was touched before), so arenas ask for huge
@@ -28,9 +28,9 @@ from ..aio.memory import map_pages
 from ..errors import CapacityError, StateError
 from ..sizes import align_up, format_bytes
 from .budget import Budget
+from .heap import Heap
 from .lease import POISON, Lease, Region
 from .pool import Pool
-from .stack import Stack
 
 __all__ = ["PAGE_NBYTES", "Arena", "Partition"]
 
@@ -39,12 +39,12 @@ PAGE_NBYTES = 4096
 
 
 class Partition:
-    """Carves a region, front to back, into pools and stacks. Bookkeeping only."""
+    """Carves a region, front to back, into pools and heaps. Bookkeeping only."""
 
     def __init__(self, region: Region) -> None:
         self.region = region
         self._used_nbytes = 0
-        self._parts: list[Pool | Stack] = []
+        self._parts: list[Pool | Heap] = []
         self._closed = False
 
     @property
@@ -67,8 +67,8 @@ class Partition:
         self._parts.append(pool)
         return pool
 
-    def stack(self, name: str, nbytes: int) -> Stack:
-        """Carve a stack of `nbytes`, rounded up to 4096 bytes.
+    def heap(self, name: str, nbytes: int) -> Heap:
+        """Carve a heap of `nbytes`, rounded up to 4096 bytes.
 
         Raises:
             CapacityError: the region has not that much left.
@@ -76,11 +76,11 @@ class Partition:
             ValueError: `nbytes` is not positive.
         """
         if nbytes <= 0:
-            raise ValueError(f"stack {name!r}: {nbytes} bytes; it needs at least one")
+            raise ValueError(f"heap {name!r}: {nbytes} bytes; it needs at least one")
         rounded = align_up(nbytes, PAGE_NBYTES)
-        stack = Stack(self.region, name, self._carve(name, rounded), rounded)
-        self._parts.append(stack)
-        return stack
+        heap = Heap(self.region, name, self._carve(name, rounded), rounded)
+        self._parts.append(heap)
+        return heap
 
     def require(self, lease: Lease, offset: int, nbytes: int) -> None:
         """Check that bytes [offset, offset + nbytes) of `lease` may be used.
@@ -97,7 +97,7 @@ class Partition:
             raise ValueError(f"bytes [{offset:,}, {offset + nbytes:,}) are not within the {lease}")
 
     def close(self) -> None:
-        """Close every pool and stack: nothing can be lent any more, and waiters wake."""
+        """Close every pool and heap: nothing can be lent any more, and waiters wake."""
         self._closed = True
         for part in self._parts:
             part.close()
@@ -189,22 +189,22 @@ class Arena:
 
     @property
     def free_nbytes(self) -> int:
-        """Bytes not yet carved into pools and stacks."""
+        """Bytes not yet carved into pools and heaps."""
         return self.partition.free_nbytes
 
     def pool(self, name: str, slots: Sequence[int]) -> Pool:
         """Carve a pool; see `Partition.pool`."""
         return self.partition.pool(name, slots)
 
-    def stack(self, name: str, nbytes: int) -> Stack:
-        """Carve a stack; see `Partition.stack`."""
-        return self.partition.stack(name, nbytes)
+    def heap(self, name: str, nbytes: int) -> Heap:
+        """Carve a heap; see `Partition.heap`."""
+        return self.partition.heap(name, nbytes)
 
     def view(self, lease: Lease, offset: int = 0, nbytes: int | None = None) -> memoryview:
         """Return bytes [offset, offset + nbytes) of a lease, writable, valid until it is released.
 
         Args:
-            lease: of a pool or stack of this arena.
+            lease: of a pool or heap of this arena.
             offset: from the start of the lease.
             nbytes: the rest of the lease when None.
 

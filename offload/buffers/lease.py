@@ -37,7 +37,7 @@ class Region:
 
 
 class Lender(Protocol):
-    """What a lease goes back to: a pool or a stack."""
+    """What a lease goes back to: a pool or a heap."""
 
     name: str
     region: Region

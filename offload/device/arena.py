@@ -1,4 +1,4 @@
-"""One region of device memory, lent by pools and stacks, and the events its slots wait for.
+"""One region of device memory, lent by pools, and the events its slots wait for.
 
 Invariants: the memory is allocated once. A fence (a range and an event) is kept until its event has
 passed, so bytes that were given up while work on them was under way are never written before it ends.
@@ -15,7 +15,7 @@ from typing import Self
 
 import torch
 
-from ..buffers import Lease, Partition, Pool, Stack
+from ..buffers import Lease, Partition, Pool
 from ..errors import StateError
 from .event import Event
 from .tensors import device_tensor, nbytes_of
@@ -54,22 +54,18 @@ class DeviceArena:
 
     @property
     def free_nbytes(self) -> int:
-        """Bytes not yet carved into pools and stacks."""
+        """Bytes not yet carved into pools."""
         return self.partition.free_nbytes
 
     def pool(self, name: str, slots: Sequence[int]) -> Pool:
         """Carve a pool; see `Partition.pool`."""
         return self.partition.pool(name, slots)
 
-    def stack(self, name: str, nbytes: int) -> Stack:
-        """Carve a stack; see `Partition.stack`."""
-        return self.partition.stack(name, nbytes)
-
     def tensor(self, lease: Lease, dtype: torch.dtype, numel: int, offset_bytes: int = 0) -> torch.Tensor:
         """Return a 1-D tensor over bytes of a lease, valid until its release.
 
         Args:
-            lease: of a pool or stack of this arena.
+            lease: of a pool of this arena.
             offset_bytes: from the start of the lease, a multiple of the element size.
 
         Raises:

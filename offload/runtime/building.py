@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..buffers import Arena, Budget, Pool, Stack
+from ..buffers import Arena, Budget, Heap, Pool
 from ..device import Device, DeviceArena
 from ..optim.arrivals import Arrivals
 from ..optim.gradient_parts import GradientParts
@@ -91,7 +91,7 @@ def build_parts(
         schedule=blueprint.schedule,
         transfer=transfer,
         gradients=_gradients(base, disk_gradients),
-        activations=Activations(device, base.host, base.stack, trace),
+        activations=Activations(device, base.host, base.heap, trace),
         updater=updater,
         arrivals=arrivals,
         disk_gradients=disk_gradients,
@@ -129,7 +129,7 @@ class _Base:
     residents: ResidentRecords | None
     host_weights: Pool | None
     staging: Pool | None
-    stack: Stack
+    heap: Heap
 
     @property
     def num_threads(self) -> int:
@@ -163,7 +163,7 @@ def _lay_base(
         residents=residents,
         host_weights=host.pool("weights", plan.host_weights) if plan.host_weights else None,
         staging=host.pool("optimizer chunks", plan.staging) if plan.staging else None,
-        stack=host.stack("saved inputs", plan.activations_nbytes),
+        heap=host.heap("saved inputs", plan.activations_nbytes),
     )
 
 
@@ -244,7 +244,7 @@ def _gradients(base: _Base, disk_gradients: DiskGradients | None) -> Gradients:
         device_pool=base.device_arena.pool("gradients", base.plan.device_gradients),
         # With `parks` every record has a place.
         shared=() if options.parks else shared_owners(blueprint.trains),
-        overflow=base.stack,
+        overflow=base.heap,
         sum_wide=options.sums_wide,
         parks=options.parks,
         dtype=options.torch_gradient_dtype,

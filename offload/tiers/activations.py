@@ -1,7 +1,7 @@
 """Saves the inputs of units between forward and backward, in host memory.
 
-Owns a stack in the host arena: forward pushes, backward pops, and what an abandoned pass leaves is
-dropped by `reset`. A saved tensor is a copy, so the model may reuse or overwrite the original.
+Owns a heap in the host arena: forward takes from it, backward gives back, and what an abandoned pass leaves
+is dropped by `reset`. A saved tensor is a copy, so the model may reuse or overwrite the original.
 
 Thread rule: `save` is called by the thread that runs forward, `restore` and `drop` by the one that
 runs backward; the two phases do not overlap.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..buffers import Arena, Lease, Stack
+from ..buffers import Arena, Heap, Lease
 from ..device import Device
 from ..errors import StateError
 from ..trace import Tracer
@@ -40,10 +40,10 @@ class SavedTensor:
 class Activations:
     """See the module."""
 
-    def __init__(self, device: Device, host: Arena, stack: Stack, trace: Tracer) -> None:
+    def __init__(self, device: Device, host: Arena, heap: Heap, trace: Tracer) -> None:
         self._device = device
         self._host = host
-        self._stack = stack
+        self._heap = heap
         self._trace = trace
         self._live: dict[int, SavedTensor] = {}
         self._step = 0
@@ -66,7 +66,7 @@ class Activations:
         source = tensor.detach().contiguous().view(-1)
         # A lease has at least one byte; a tensor may have none (an expert that got no tokens).
         nbytes = max(1, source.numel() * source.element_size())
-        lease = self._stack.push(nbytes, f"{holder} input")
+        lease = self._heap.lease(nbytes, f"{holder} input")
         with self._trace.span(holder, "device to host", nbytes=nbytes):
             target = self._device.host_tensor(self._host, lease, source.dtype, source.numel())
             self._device.save(source, target)
@@ -96,13 +96,13 @@ class Activations:
 
     @property
     def free_nbytes(self) -> int:
-        """Bytes that no saved tensor takes."""
-        return self._stack.nbytes - self._stack.used_nbytes
+        """The most bytes that can be lent in one piece."""
+        return self._heap.largest_free_nbytes
 
     @contextmanager
     def lend(self, nbytes: int, holder: str) -> Iterator[memoryview]:
         """Lend `nbytes` of the free memory between passes; the view is valid inside the block."""
-        with self._stack.push(nbytes, holder) as lease:
+        with self._heap.lease(nbytes, holder) as lease:
             yield self._host.view(lease)
 
     def reset(self) -> None:

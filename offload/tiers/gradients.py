@@ -7,7 +7,7 @@ waits on the host and is restored first.
 [Note: where partial sums wait] A sum that is finished takes a slot of the pool, which an update gives
 back; a sum that is not finished never does, or the visits that would finish it could wait for its slot
 for ever. Records that units share (tied embeddings) have a place of their own, which the plan foresaw.
-What it cannot foresee (a model called twice in a step) waits in the stack of saved inputs. With `parks`
+What it cannot foresee (a model called twice in a step) waits in the heap of saved inputs. With `parks`
 every sum has a slot, and keeps it from the first backward of a step until the update, or goes to disk
 (`disk_gradients.py`) from a slot that it leaves again.
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..buffers import Arena, Lease, Pool, Stack
+from ..buffers import Arena, Heap, Lease, Pool
 from ..device import Device, DeviceArena, Event
 from ..trace import Tracer
 from .disk_gradients import DiskGradients
@@ -96,7 +96,7 @@ class Gradients:
         device_arena: DeviceArena,
         device_pool: Pool,
         shared: Sequence[str],
-        overflow: Stack,
+        overflow: Heap,
         sum_wide: bool,
         parks: bool,
         dtype: torch.dtype,
@@ -259,7 +259,7 @@ class Gradients:
     def _partial_place(self, owner: str) -> Lease:
         if owner in self._partial:
             return self._partial[owner].host
-        return self._places.get(owner) or self._overflow.push(
+        return self._places.get(owner) or self._overflow.lease(
             self._host_nbytes(owner), f"{owner} partial gradient"
         )
 

@@ -1,4 +1,4 @@
-"""Budgets, arenas and stacks: what is charged, carved and shown, and what the messages say."""
+"""Budgets, arenas and heaps: what is charged, carved and shown, and what the messages say."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from offload.buffers import PAGE_NBYTES, POISON, Arena, Budget
+from offload.buffers import PAGE_NBYTES, POISON, Arena, Budget, FreeRanges
 from offload.errors import CapacityError, StateError
 from offload.sizes import GIB, MIB
 from offload.specs import Tier
@@ -168,7 +170,7 @@ def test_closed_arena_lends_and_shows_nothing(arena: Arena) -> None:
         lambda: arena.view(lease),
         lambda: arena.memory,
         lambda: arena.pool("more", [PAGE]),
-        lambda: arena.stack("more", PAGE),
+        lambda: arena.heap("more", PAGE),
         lambda: pool.lease(1, "b"),
     ):
         with pytest.raises(StateError, match="closed"):
@@ -251,10 +253,10 @@ def test_view_of_another_arenas_lease_raises(arena: Arena, budget: Budget) -> No
 # Carving
 
 
-def test_pools_and_stacks_of_an_arena_do_not_overlap(arena: Arena) -> None:
+def test_pools_and_heaps_of_an_arena_do_not_overlap(arena: Arena) -> None:
     ranges = [
         arena.pool("a", [1]).lease(1, "a"),
-        arena.stack("b", PAGE + 1).push(2 * PAGE, "b"),
+        arena.heap("b", PAGE + 1).lease(2 * PAGE, "b"),
         arena.pool("c", [3 * PAGE]).lease(1, "c"),
     ]
     assert [lease.offset for lease in ranges] == [0, PAGE, 3 * PAGE]
@@ -276,57 +278,93 @@ def test_pool_of_no_or_empty_slots_is_refused(arena: Arena, slots: list[int]) ->
         arena.pool("bad", slots)
 
 
-def test_stack_of_no_bytes_is_refused(arena: Arena) -> None:
+def test_heap_of_no_bytes_is_refused(arena: Arena) -> None:
     with pytest.raises(ValueError, match="at least one"):
-        arena.stack("bad", 0)
+        arena.heap("bad", 0)
 
 
-# Stack
+# Heap
 
 
-def test_stack_grows_and_shrinks_from_the_top(arena: Arena) -> None:
-    stack = arena.stack("activations", 4 * PAGE)
-    first, second = stack.push(1, "layer 0"), stack.push(PAGE + 1, "layer 1")
-    assert (first.offset, second.offset, stack.used_nbytes) == (0, PAGE, 3 * PAGE)
+def test_heap_lends_the_first_place_that_is_free(arena: Arena) -> None:
+    arena.pool("slots", [PAGE])
+    heap = arena.heap("activations", 5 * PAGE)
+    first, second, third = (
+        heap.lease(nbytes, f"layer {index}") for index, nbytes in enumerate([1, PAGE + 1, 1])
+    )
+    assert [lease.offset for lease in (first, second, third)] == [PAGE, 2 * PAGE, 4 * PAGE]
     second.release()
-    assert stack.used_nbytes == PAGE
-    assert stack.push(1, "layer 1 again").offset == PAGE
-    assert stack.in_use() == (("layer 0", 1), ("layer 1 again", 1))
-    assert stack.high_water_nbytes == 3 * PAGE
+    assert (heap.used_nbytes, heap.high_water_nbytes, heap.largest_free_nbytes) == (
+        2 * PAGE,
+        4 * PAGE,
+        2 * PAGE,
+    )
+    assert heap.lease(PAGE, "layer 3").offset == 2 * PAGE
+    assert heap.in_use() == (("layer 0", 1), ("layer 2", 1), ("layer 3", PAGE))
+    assert arena.view(third, 0, 1).nbytes == 1
 
 
-def test_stack_release_below_the_top_frees_when_the_top_goes(arena: Arena) -> None:
-    stack = arena.stack("activations", 3 * PAGE)
-    first, second, third = (stack.push(PAGE, f"layer {index}") for index in range(3))
-    second.release()
-    first.release()
-    assert stack.used_nbytes == 3 * PAGE
-    assert stack.in_use() == (("layer 2", PAGE),)
-    third.release()
-    assert stack.used_nbytes == 0
+def test_what_is_released_is_one_piece_with_what_is_free_beside_it(arena: Arena) -> None:
+    heap = arena.heap("activations", 4 * PAGE)
+    leases = [heap.lease(PAGE, "layer") for _ in range(4)]
+    for index in (0, 2, 1):
+        leases[index].release()
+    assert heap.largest_free_nbytes == 3 * PAGE
+    assert heap.lease(3 * PAGE, "layer").offset == leases[0].offset
 
 
-def test_full_stack_is_refused_with_numbers_and_holders(arena: Arena) -> None:
-    stack = arena.stack("activations", 3 * PAGE)
-    stack.push(2 * PAGE, "layer 0")
+def test_full_heap_is_refused_with_numbers_and_holders(arena: Arena) -> None:
+    heap = arena.heap("activations", 3 * PAGE)
+    heap.lease(2 * PAGE, "layer 0")
     with pytest.raises(
-        CapacityError, match=r"'layer 1' pushed 8\.0 KiB.*4\.0 KiB.*of 12\.0 KiB.*layer 0 8\.0 KiB"
+        CapacityError, match=r"'layer 1' asked for 8\.0 KiB.*4\.0 KiB.*of 12\.0 KiB.*layer 0 8\.0 KiB"
     ):
-        stack.push(PAGE + 1, "layer 1")
-    stack.push(PAGE, "layer 1")
+        heap.lease(PAGE + 1, "layer 1")
+    assert heap.try_lease(PAGE + 1, "layer 1") is None
+    heap.lease(PAGE, "layer 1")
 
 
-def test_stack_refuses_an_empty_push(arena: Arena) -> None:
+def test_heap_refuses_an_empty_lease(arena: Arena) -> None:
     with pytest.raises(ValueError, match="at least one"):
-        arena.stack("activations", PAGE).push(0, "layer 0")
+        arena.heap("activations", PAGE).lease(0, "layer 0")
 
 
-def test_stack_release_twice_raises(arena: Arena) -> None:
-    stack = arena.stack("activations", 2 * PAGE)
-    lease = stack.push(1, "layer 0")
+def test_heap_release_twice_raises(arena: Arena) -> None:
+    lease = arena.heap("activations", 2 * PAGE).lease(1, "layer 0")
     lease.release()
     with pytest.raises(StateError, match="released already"):
         lease.release()
+
+
+def test_closed_heap_lends_nothing_and_takes_back(arena: Arena) -> None:
+    heap = arena.heap("activations", 2 * PAGE)
+    lease = heap.lease(1, "layer 0")
+    heap.close()
+    with pytest.raises(StateError, match="closed"):
+        heap.lease(1, "layer 1")
+    lease.release()
+    assert heap.used_nbytes == 0
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 6)), max_size=60))
+def test_free_ranges_never_overlap_and_come_together_again(acts: list[tuple[bool, int]]) -> None:
+    free = FreeRanges(16)
+    taken: dict[int, int] = {}
+    for takes, number in acts:
+        if takes:
+            used = {byte for at, nbytes in taken.items() for byte in range(at, at + nbytes)}
+            gaps = [at for at in range(17 - number) if not used.intersection(range(at, at + number))]
+            offset = free.take(number)
+            assert offset == (gaps[0] if gaps else None)
+            if offset is not None:
+                taken[offset] = number
+        elif taken:
+            offset = sorted(taken)[number % len(taken)]
+            free.give(offset, taken.pop(offset))
+        assert free.free_nbytes == 16 - sum(taken.values())
+    for offset, nbytes in taken.items():
+        free.give(offset, nbytes)
+    assert free.largest_nbytes == 16
 
 
 # Poison
@@ -335,10 +373,10 @@ def test_stack_release_twice_raises(arena: Arena) -> None:
 def test_released_memory_is_poisoned_in_debug(monkeypatch: pytest.MonkeyPatch, budget: Budget) -> None:
     monkeypatch.setenv("OFFLOAD_DEBUG", "1")
     with Arena(budget, 4 * PAGE) as arena:
-        pool, stack = arena.pool("slots", [PAGE, PAGE]), arena.stack("stack", PAGE)
+        pool, heap = arena.pool("slots", [PAGE, PAGE]), arena.heap("heap", PAGE)
         kept = pool.lease(PAGE, "kept")
         arena.view(kept)[:] = b"\x01" * PAGE
-        for lease in (pool.lease(10, "pool"), stack.push(10, "stack")):
+        for lease in (pool.lease(10, "pool"), heap.lease(10, "heap")):
             view = arena.view(lease)
             view[:] = b"\x02" * 10
             lease.release()
