@@ -102,12 +102,13 @@ class CpuDevice:
         self._require_host(target, "target of a download")
         return self._copy("download", source, target)
 
-    def save(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def save(self, source: torch.Tensor, target: torch.Tensor) -> Event:
         """See `Device.save`; done when it returns."""
         check_copy(source, target)
         self._require_host(target, "target of a download")
         with torch.no_grad():
             target.copy_(source)
+        return _Passed()
 
     def restore(self, source: torch.Tensor) -> torch.Tensor:
         """See `Device.restore`; done when it returns."""

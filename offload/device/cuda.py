@@ -154,7 +154,7 @@ class CudaDevice:
         self._require_device(source)
         return self._download(source, target)
 
-    def save(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def save(self, source: torch.Tensor, target: torch.Tensor) -> CudaEvent:
         """See `Device.save`. The device keeps a copy until it is on the host.
 
         Without the copy, a model that changes its activations in place would change the saved ones.
@@ -165,7 +165,9 @@ class CudaDevice:
         while len(self._saves) >= _MAX_SAVES_IN_FLIGHT:
             self._saves.popleft().wait()
         with torch.cuda.device(self._index), torch.no_grad():
-            self._saves.append(self._download(source.clone(), target))
+            saved = self._download(source.clone(), target)
+        self._saves.append(saved)
+        return saved
 
     def restore(self, source: torch.Tensor) -> torch.Tensor:
         """See `Device.restore`. The copy runs on the compute stream, which needs it next."""

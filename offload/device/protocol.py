@@ -94,8 +94,10 @@ class Device(Protocol):
             ValueError: the tensors do not match this description.
         """
 
-    def save(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Begin a download that only `restore` reads: `source` may be dropped at once.
+    def save(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        """Begin a download whose `source` may be dropped at once, and changed.
+
+        `restore` may read `target` from here on, anybody else when the event has passed.
 
         Args:
             source, target: as for `download`, of one dtype.
