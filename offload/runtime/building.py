@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..buffers import Arena, Budget, Heap, Pool
+from ..buffers import Arena, Budget, Pool
 from ..device import Device, DeviceArena
 from ..optim.arrivals import Arrivals
 from ..optim.gradient_parts import GradientParts
@@ -32,13 +32,14 @@ from ..tiers.memory_plan import MemoryPlan
 from ..tiers.memory_request import shared_owners
 from ..tiers.residents import ResidentRecords
 from ..tiers.schedule import completion_order, first_use_order
+from ..tiers.spill import Spill
 from ..tiers.transfer import Transfer
 from ..trace import Tracer
 from .blueprint import Blueprint
 from .parts import Committed, Parts
 from .resume_point import count_in
 from .rng import DeviceRng
-from .storage import open_scratch, open_store
+from .storage import open_scratch, open_spill_scratch, open_store
 
 __all__ = ["build_parts"]
 
@@ -91,7 +92,7 @@ def build_parts(
         schedule=blueprint.schedule,
         transfer=transfer,
         gradients=_gradients(base, disk_gradients),
-        activations=Activations(device, base.host, base.heap, trace),
+        activations=base.activations,
         updater=updater,
         arrivals=arrivals,
         disk_gradients=disk_gradients,
@@ -129,7 +130,7 @@ class _Base:
     residents: ResidentRecords | None
     host_weights: Pool | None
     staging: Pool | None
-    heap: Heap
+    activations: Activations
 
     @property
     def num_threads(self) -> int:
@@ -146,10 +147,12 @@ def _lay_base(
 ) -> _Base:
     store = open_store(blueprint, own)
     scratch = open_scratch(blueprint, plan, store, own)
+    spill_scratch = open_spill_scratch(blueprint.options, store, own)
     host_budget = Budget(Tier.HOST, blueprint.options.host_memory)
     host: Arena = own(device.host_arena(host_budget, plan.host_nbytes))
     device_arena: DeviceArena = own(device.arena(plan.device_nbytes))
     residents = ResidentRecords(host, blueprint.records) if plan.home is not Tier.DISK else None
+    spill = None if spill_scratch is None else Spill(spill_scratch, host, trace)
     return _Base(
         blueprint=blueprint,
         device=device,
@@ -163,7 +166,9 @@ def _lay_base(
         residents=residents,
         host_weights=host.pool("weights", plan.host_weights) if plan.host_weights else None,
         staging=host.pool("optimizer chunks", plan.staging) if plan.staging else None,
-        heap=host.heap("saved inputs", plan.activations_nbytes),
+        activations=Activations(
+            device, host, host.heap("saved inputs", plan.activations_nbytes), trace, spill
+        ),
     )
 
 
@@ -244,7 +249,7 @@ def _gradients(base: _Base, disk_gradients: DiskGradients | None) -> Gradients:
         device_pool=base.device_arena.pool("gradients", base.plan.device_gradients),
         # With `parks` every record has a place.
         shared=() if options.parks else shared_owners(blueprint.trains),
-        overflow=base.heap,
+        overflow=base.activations,
         sum_wide=options.sums_wide,
         parks=options.parks,
         dtype=options.torch_gradient_dtype,

@@ -25,7 +25,14 @@ ComputeDType = Literal["float32", "bfloat16"]
 OnNonFinite = Literal["skip", "rollback", "stop"]
 
 # Options that may be given as text, `"8GiB"`.
-SIZES = ("host_memory", "device_memory", "chunk_nbytes", "activations_nbytes", "segment_nbytes")
+SIZES = (
+    "host_memory",
+    "device_memory",
+    "chunk_nbytes",
+    "activations_nbytes",
+    "activations_disk_nbytes",
+    "segment_nbytes",
+)
 
 # What every I/O engine takes.
 MAX_QUEUE_DEPTH = 4096
@@ -82,6 +89,8 @@ class RuntimeOptions:
         chunk_numel: elements of an optimizer chunk, the unit of an update's pipeline.
         activations_nbytes: host bytes for saved unit inputs; None takes what the slots leave of the
             budget, at least 16 MiB, and an eighth of it where gradients are parked on disk.
+        activations_disk_nbytes: room on the drives for saved inputs that host memory does not hold, reserved
+            before the first step. 0 keeps them in host memory. They are written and read once each in a step.
     """
 
     disk: Sequence[Path | str] = ()
@@ -110,6 +119,7 @@ class RuntimeOptions:
     chunk_nbytes: int | None = None
     chunk_numel: int = 1 << 21
     activations_nbytes: int | None = None
+    activations_disk_nbytes: int = 0
 
     def __post_init__(self) -> None:
         if self.home is Tier.DISK and not self.disk:
@@ -126,6 +136,12 @@ class RuntimeOptions:
                 f"segment_nbytes must be a multiple of 4096 up to {format_bytes(MAX_SEGMENT_NBYTES)} or None,"
                 f" got {self.segment_nbytes}"
             )
+        if self.activations_disk_nbytes < 0:
+            raise ConfigError(
+                f"activations_disk_nbytes cannot be negative, got {self.activations_disk_nbytes}"
+            )
+        if self.activations_disk_nbytes and not self.disk:
+            raise ConfigError("activations_disk_nbytes is room on drives, and none was given: set disk=[...]")
         if self.rows is not None and self.rows <= 0:
             raise ConfigError(f"rows must be positive or None, got {self.rows}")
         self._check_gradients()

@@ -167,7 +167,7 @@ class Snapshots:
         mutable = [spec.nbytes for spec in store.records.values() if spec.mutable]
         needed = min(store.chunk_nbytes, max(mutable, default=0))
         activations = self._parts.activations
-        free = activations.free_nbytes
+        free = activations.free_nbytes()
         if free < max(needed, 1):
             raise CapacityError(
                 f"a snapshot is copied through the memory of saved inputs, which has {format_bytes(free)} "

@@ -24,6 +24,8 @@ class RuntimeStats:
         disk_written_nbytes: bytes given to drives, manifests aside.
         parked_read_nbytes: of `disk_read_nbytes`, those of gradients parked on disk.
         parked_written_nbytes: of `disk_written_nbytes`, those of gradients parked on disk.
+        activations_read_nbytes: of `disk_read_nbytes`, those of saved inputs.
+        activations_written_nbytes: of `disk_written_nbytes`, those of saved inputs.
         busy_s: seconds in which each link or worker was busy, by track name.
         stall_s: seconds in which someone waited; included in `busy_s` as "stall".
         host_high_water_nbytes: the most host memory under lease.
@@ -35,6 +37,8 @@ class RuntimeStats:
     disk_written_nbytes: int
     parked_read_nbytes: int
     parked_written_nbytes: int
+    activations_read_nbytes: int
+    activations_written_nbytes: int
     busy_s: Mapping[str, float]
     stall_s: float
     host_high_water_nbytes: int
@@ -50,6 +54,8 @@ class RuntimeStats:
             disk_written_nbytes=counters.get("disk_written_nbytes", 0),
             parked_read_nbytes=counters.get("parked_read_nbytes", 0),
             parked_written_nbytes=counters.get("parked_written_nbytes", 0),
+            activations_read_nbytes=counters.get("activations_read_nbytes", 0),
+            activations_written_nbytes=counters.get("activations_written_nbytes", 0),
             busy_s=busy_s,
             stall_s=busy_s.get("stall", 0.0),
             host_high_water_nbytes=host.high_water_nbytes,

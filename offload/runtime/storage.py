@@ -1,6 +1,6 @@
-"""Opens what a run has on its drives: the store, and the scratch area of parked gradients.
+"""Opens what a run has on its drives: the store, and the scratch areas of parked gradients and saved inputs.
 
-Owns nothing: what is opened goes to `own`, which closes it. A new run whose scratch area finds no room is
+Owns nothing: what is opened goes to `own`, which closes it. A new run whose scratch areas find no room is
 removed again, so that a refusal leaves nothing behind.
 """
 
@@ -16,11 +16,13 @@ from ..store.scratch import Scratch
 from ..tiers.gradient_homes import PartLayout
 from ..tiers.memory_plan import MemoryPlan
 from ..tiers.records import store_records
+from ..tiers.spill import Spill, chunk_nbytes_of
 from .blueprint import Blueprint
 from .identity import check_same_run, run_identity
 from .io_setting import choose_io_setting
+from .options import RuntimeOptions
 
-__all__ = ["open_scratch", "open_store"]
+__all__ = ["open_scratch", "open_spill_scratch", "open_store"]
 
 
 def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> Store | None:
@@ -71,17 +73,45 @@ def open_scratch(
     """
     if not plan.parked_on_disk:
         return None
-    assert store is not None, "the plan parks on disk where there is one"
     options = blueprint.options
     layout = PartLayout(options.chunk_numel, options.torch_gradient_dtype.itemsize)
     specs = [
         RecordSpec(owner, layout.record_nbytes(blueprint.records[owner].layout.trainable_numel))
         for owner in plan.parked_on_disk
     ]
+    return _make_scratch(options, specs, layout.chunk_nbytes, "raise host_memory", store, own)
+
+
+def open_spill_scratch(
+    options: RuntimeOptions, store: Store | None, own: Callable[[Any], Any]
+) -> Scratch | None:
+    """Reserve room on the drives for saved inputs; None when the options ask for none.
+
+    Raises:
+        StorageError: the drives have too little room.
+    """
+    if not options.activations_disk_nbytes:
+        return None
+    room = Spill.record(options.activations_disk_nbytes)
+    knob = "lower activations_disk_nbytes"
+    return _make_scratch(options, [room], chunk_nbytes_of(room.nbytes), knob, store, own)
+
+
+def _make_scratch(
+    options: RuntimeOptions,
+    specs: list[RecordSpec],
+    chunk_nbytes: int,
+    knob: str,
+    store: Store | None,
+    own: Callable[[Any], Any],
+) -> Scratch:
+    assert store is not None, "only a run with drives asks for a scratch area"
+    # A run that goes on has its snapshot, or is told when it takes one, before its first step.
+    room_for_snapshot = options.room_for_snapshot and not options.resume
     try:
-        # A run that goes on has its snapshot, or is told when it takes one, before its first step.
-        room_for_snapshot = options.room_for_snapshot and not options.resume
-        scratch = store.scratch(specs, chunk_nbytes=layout.chunk_nbytes, room_for_snapshot=room_for_snapshot)
+        scratch = store.scratch(
+            specs, chunk_nbytes=chunk_nbytes, room_for_snapshot=room_for_snapshot, knob=knob
+        )
     except StorageError:
         if not options.resume:
             # Nothing was written into the run: it goes again, as when its own room is not there.

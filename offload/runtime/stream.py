@@ -183,11 +183,12 @@ class StreamedUnit:
     def run_forward(self, call: Call, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run all micro-batches without a graph; fill `call` with what backward needs."""
         host = self._host
-        for index, tensor, wants in zip(call.tensor_indices, tensors, call.wants_grad, strict=True):
-            if wants:
-                # Outputs of the unit before: one per unit, so they go to the host. What does not
-                # require grad (masks, positions, token ids) is shared by all units and stays.
-                call.saved[index] = host.activations.save(tensor, self.unit.name)
+        with self._noted(Pass.TRAIN):
+            for index, tensor, wants in zip(call.tensor_indices, tensors, call.wants_grad, strict=True):
+                if wants:
+                    # Outputs of the unit before: one per unit, so they go to the host. What does not
+                    # require grad (masks, positions, token ids) is shared by all units and stays.
+                    call.saved[index] = host.activations.save(tensor, self.unit.name)
         versions = [version_of(tensor) for tensor in tensors]
         buffers = [(buffer, version_of(buffer)) for buffer in self.module.buffers()]
         statistics = running_statistics(self.module)
@@ -234,10 +235,11 @@ class StreamedUnit:
                 f"backward reached unit {self.unit.name!r} a second time: its saved input is gone and its"
                 " update may have begun; sum the losses and call backward() once, without retain_graph"
             )
-        inputs = [
-            host.activations.restore(call.saved[index]) if index in call.saved else tensor
-            for index, tensor in zip(call.tensor_indices, kept, strict=True)
-        ]
+        with self._noted(Pass.TRAIN):
+            inputs = [
+                host.activations.restore(call.saved[index]) if index in call.saved else tensor
+                for index, tensor in zip(call.tensor_indices, kept, strict=True)
+            ]
         visit = Visit(self.unit.name, Phase.BACKWARD)
         gradients: list[list[torch.Tensor | None]] = [[] for _ in inputs]
         with self._visit(visit, Pass.TRAIN) as weights:
@@ -252,8 +254,6 @@ class StreamedUnit:
                     for pieces, piece in zip(gradients, part, strict=True):
                         pieces.append(piece)
             host.finish_gradients(self.unit, buffers)
-        for saved in call.saved.values():
-            host.activations.drop(saved)
         return [
             join_gradient(pieces, tensor, call.batch, call.cuts) if wants else None
             for pieces, tensor, wants in zip(gradients, inputs, call.wants_grad, strict=True)
@@ -295,15 +295,23 @@ class StreamedUnit:
     def _visit(self, visit: Visit, kind: Pass) -> Iterator[Mapping[str, WeightsOnDevice]]:
         weights = self._host.enter(visit, kind)
         try:
-            yield weights
+            with self._noted(kind):
+                yield weights
+        finally:
+            self._host.leave(visit, kind)
+
+    @contextlib.contextmanager
+    def _noted(self, kind: Pass) -> Iterator[None]:
+        """Note what is raised inside, so that a half-done step is never committed, and raise it on.
+
+        A forward without a graph is no part of the step.
+        """
+        try:
+            yield
         except BaseException as error:
-            # Not handled here: noted, so that a half-done step is never committed, and raised on. A
-            # forward without a graph is no part of the step.
             if kind is Pass.TRAIN:
                 self._host.abandon(error)
             raise
-        finally:
-            self._host.leave(visit, kind)
 
 
 class _RunUnit(torch.autograd.Function):

@@ -6,8 +6,11 @@ memory, and the files have no names, so the space is free again when the process
 file has a name for the instant between its making and the removal of the name, in the run's own folder;
 whoever is killed there leaves an empty file, which the next scratch area of the run removes.
 
+Where sizes are known only as the bytes come, one large record is reserved and smaller ones are cut out of
+it (`carve`), to be dropped again.
+
 Invariants: all space is reserved before `create` returns; what is read is what was last written there, or
-an error; a write that failed ends the use of the area.
+an error, and never what a record that was dropped has left; a write that failed ends the use of the area.
 
 Thread rule: `read`, `write` and their tickets may be used from any threads; transfers of the same bytes
 take place in the order they were asked for. `close` is for one thread. No lock is held while waiting for a
@@ -29,7 +32,7 @@ from .poison import because_of
 from .records import RecordSpec, stripes_of
 from .room import check_room, reserve
 from .rundir import RunDirectory
-from .stripe import Deal, pack_extents
+from .stripe import Deal, Stripe, pack_extents
 from .table import Record
 from .ticket import Ticket
 from .transfers import Transfers
@@ -43,7 +46,8 @@ __all__ = ["Scratch"]
 _GENERATION = 1
 
 # For the message about too little room.
-_WHAT, _CURE = "the scratch area of the run", "free some space, use another directory, or raise host_memory"
+_WHAT = "the scratch area of the run"
+_CURE = "free some space, use another directory, or {knob}"
 
 
 class Scratch:
@@ -52,6 +56,7 @@ class Scratch:
     def __init__(self, drives: Sequence[Drive], records: Mapping[str, Record], *, engine: Engine) -> None:
         self._drives = tuple(drives)
         self._records = dict(records)
+        self._num_made = len(self._records)
         self._transfers = Transfers("the scratch area", self._drives, self._records, engine=engine)
         self._lock = self._transfers.lock
         self._failure: BaseException | None = None
@@ -67,6 +72,7 @@ class Scratch:
         deal: Deal,
         chunk_nbytes: int,
         snapshot_nbytes: Sequence[int] = (),
+        knob: str = "raise host_memory",
     ) -> Self:
         """Reserve room for `records` on the drives of `folders`.
 
@@ -77,6 +83,7 @@ class Scratch:
             deal: which drive each chunk lies on.
             chunk_nbytes: what one checksum covers and one drive gets at a time, a multiple of 4096.
             snapshot_nbytes: of a snapshot on each drive that must find room as well, which is not reserved.
+            knob: what to set when there is no room, for the message.
 
         Raises:
             DiskFullError: no room, with the bytes needed and free; nothing is left behind.
@@ -89,17 +96,18 @@ class Scratch:
             sum(stripe.drive_nbytes(drive) for stripe in stripes) for drive in range(len(folders))
         ]
         directories = [folder.directory for folder in folders]
-        check_room(directories, drive_nbytes, what=_WHAT, cure=_CURE)
+        cure = _CURE.format(knob=knob)
+        check_room(directories, drive_nbytes, what=_WHAT, cure=cure)
         if snapshot_nbytes:
             both = [sum(pair) for pair in zip(drive_nbytes, snapshot_nbytes, strict=True)]
-            check_room(directories, both, what=_WHAT + SNAPSHOT, cure=_CURE)
+            check_room(directories, both, what=_WHAT + SNAPSHOT, cure=cure)
         with ExitStack() as undo:
             drives = []
             for folder, nbytes in zip(folders, drive_nbytes, strict=True):
                 drives.append(_make(folder, engine))
                 undo.callback(drives[-1].file.close)
                 if nbytes:
-                    reserve(drives[-1].file, folder.directory, nbytes, what=_WHAT, cure=_CURE)
+                    reserve(drives[-1].file, folder.directory, nbytes, what=_WHAT, cure=cure)
             undo.pop_all()
         # Of this process alone, so that bytes of another area never have the right checksum.
         area = uuid4()
@@ -125,6 +133,50 @@ class Scratch:
     def nbytes_reserved(self) -> int:
         """Space taken on all drives together."""
         return sum(drive.file.size_nbytes for drive in self._drives)
+
+    def carve(self, spec: RecordSpec, *, within: str, offset: int) -> None:
+        """Make a record of bytes of another one, which is itself not used any more.
+
+        Args:
+            spec: of the new one; its bytes lie within the other, and in no other that was made of it.
+            within: the name of the other.
+            offset: bytes from its start, a multiple of the chunk length.
+
+        Raises:
+            StateError: there is no record `within`.
+            ValueError: the name is taken, or the bytes are not within the other record.
+        """
+        with self._lock:
+            whole = self._transfers.record(within)
+            chunk_nbytes = whole.stripe.chunk_nbytes
+            if spec.name in self._records:
+                raise ValueError(f"the scratch area has a record {spec.name!r} already")
+            if offset % chunk_nbytes or not 0 <= offset <= whole.spec.nbytes - spec.nbytes:
+                raise ValueError(
+                    f"record {spec.name} of {spec.nbytes:,} bytes does not fit at {offset:,} of record"
+                    f" {within} ({whole.spec.nbytes:,} bytes in chunks of {chunk_nbytes:,})"
+                )
+            deal, begin = whole.stripe.deal, whole.stripe.first_chunk
+            first = begin + offset // chunk_nbytes
+            stripe = Stripe(spec.nbytes, chunk_nbytes, first, deal)
+            places = tuple(
+                place + chunk_nbytes * (deal.count(drive, first) - deal.count(drive, begin))
+                for drive, place in enumerate(whole.offsets[0])
+            )
+            # A number of its own: checksums of what lay there before are not taken for those of its bytes.
+            self._records[spec.name] = Record(whole.run_id, self._num_made, spec, stripe, (places,))
+            self._num_made += 1
+
+    def drop(self, name: str) -> None:
+        """Forget a record that was carved; its bytes may go into others.
+
+        Raises:
+            StateError: there is none of that name, or it is being read or written.
+        """
+        with self._lock:
+            if self._transfers.record(name).in_flight():
+                raise StateError(f"record {name} of the scratch area is in use; wait for its transfers first")
+            del self._records[name]
 
     def read(self, name: str, buffer: Buffer, *, offset: int = 0, nbytes: int | None = None) -> Ticket:
         """Begin to read what was last written.

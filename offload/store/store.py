@@ -292,7 +292,12 @@ class Store:
                 self._poison = None
 
     def scratch(
-        self, records: Sequence[RecordSpec], *, chunk_nbytes: int, room_for_snapshot: bool = False
+        self,
+        records: Sequence[RecordSpec],
+        *,
+        chunk_nbytes: int,
+        room_for_snapshot: bool = False,
+        knob: str = "raise host_memory",
     ) -> Scratch:
         """Reserve room on the run's drives for records of this process alone; see `Scratch.create`.
 
@@ -309,6 +314,7 @@ class Store:
             deal=base.deal,
             chunk_nbytes=chunk_nbytes,
             snapshot_nbytes=snapshot_nbytes(specs, base.chunk_nbytes, base.deal) if specs else (),
+            knob=knob,
         )
 
     def snapshot(

@@ -7,7 +7,7 @@ waits on the host and is restored first.
 [Note: where partial sums wait] A sum that is finished takes a slot of the pool, which an update gives
 back; a sum that is not finished never does, or the visits that would finish it could wait for its slot
 for ever. Records that units share (tied embeddings) have a place of their own, which the plan foresaw.
-What it cannot foresee (a model called twice in a step) waits in the heap of saved inputs. With `parks`
+What it cannot foresee (a model called twice in a step) waits in the memory of saved inputs. With `parks`
 every sum has a slot, and keeps it from the first backward of a step until the update, or goes to disk
 (`disk_gradients.py`) from a slot that it leaves again.
 
@@ -17,17 +17,29 @@ Thread rule: called by the thread that runs backward, one visit at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from ..buffers import Arena, Heap, Lease, Pool
+from ..buffers import Arena, Lease, Pool
 from ..device import Device, DeviceArena, Event
 from ..trace import Tracer
 from .disk_gradients import DiskGradients
 from .records import RecordSet
 
-__all__ = ["FinishedGradient", "GradientBuffer", "GradientOnDisk", "Gradients"]
+__all__ = ["FinishedGradient", "GradientBuffer", "GradientOnDisk", "Gradients", "Overflow"]
+
+
+class Overflow(Protocol):
+    """Host memory for the partial sums that no plan foresees."""
+
+    def lease(self, nbytes: int, holder: str) -> Lease:
+        """Lend `nbytes`.
+
+        Raises:
+            CapacityError: there is not that much.
+        """
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ class Gradients:
         device_arena: DeviceArena,
         device_pool: Pool,
         shared: Sequence[str],
-        overflow: Heap,
+        overflow: Overflow,
         sum_wide: bool,
         parks: bool,
         dtype: torch.dtype,
@@ -146,7 +158,10 @@ class Gradients:
         if partial is not None:
             partial.arrived.wait()
             source = self._device.host_tensor(self._host, partial.host, partial.dtype, total.numel())
-            self._device.wait_on_compute(self._device.upload(source, total))
+            uploaded = self._device.upload(source, total)
+            self._device.wait_on_compute(uploaded)
+            # Its place may be a saved input's next, which a drive writes: not before it was read.
+            self._partial[owner] = replace(partial, arrived=uploaded)
             return True
         lease = None if self._disk is None else self._disk.restore(owner)
         if lease is None:
@@ -264,8 +279,6 @@ class Gradients:
         )
 
     def _forget_partial(self, owner: str) -> None:
-        # On a GPU the copy out of it has not ended, perhaps; compute waits for it, and whatever is
-        # written here next (a saved input, a partial sum) is copied behind compute.
         partial = self._partial.pop(owner, None)
         if partial is not None and owner not in self._places:
             partial.arrived.wait()

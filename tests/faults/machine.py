@@ -27,7 +27,7 @@ from offload import AdamWOptions, Runtime
 from offload.aio.sim import Fault, SimDisk, SimEngine, SimFile
 from offload.store import Store, list_runs
 
-__all__ = ["CONFIGS", "STEPS", "Config", "Image", "Machine", "Run", "Trained", "go_on", "golden"]
+__all__ = ["CHUNK", "CONFIGS", "STEPS", "Config", "Image", "Machine", "Run", "Trained", "go_on", "golden"]
 
 STEPS = 3
 CHUNK = 4096
@@ -70,6 +70,11 @@ CONFIGS = {
                 "chunk_numel": 1024,
                 "host_memory": 126_976,
             },
+        ),
+        # Of the two inputs that a step saves, one fits into memory.
+        Config(
+            "inputs on disk",
+            settings={"activations_nbytes": CHUNK, "activations_disk_nbytes": 4 * CHUNK},
         ),
     )
 }

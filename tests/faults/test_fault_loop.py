@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from machine import CONFIGS, Config, Image, Machine, Run, Trained, go_on, golden
+from machine import CHUNK, CONFIGS, STEPS, Config, Image, Machine, Run, Trained, go_on, golden
 from watchdog import within
 
+from offload import Runtime
 from offload.aio.sim import Fault, FaultKind
 from offload.errors import OffloadError
 
@@ -151,6 +152,13 @@ def test_every_gradient_is_on_disk_where_the_configuration_says_so(tmp_path: Pat
     config = CONFIGS["gradients on disk"]
     go_on(Machine(tmp_path, 1), config, Run(), on_begin=lambda run: parked.extend(run.plan.parked_on_disk))
     assert parked == ["0", "1", "2"]
+
+
+def test_an_input_is_on_disk_where_the_configuration_says_so(tmp_path: Path) -> None:
+    runs: list[Runtime] = []
+    go_on(Machine(tmp_path, 1), CONFIGS["inputs on disk"], Run(), on_begin=runs.append)
+    stats = runs[0].stats()
+    assert stats.activations_written_nbytes == stats.activations_read_nbytes == STEPS * CHUNK
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ LAYERS = (
     "tiers.disk_gradients",
     "tiers.gradients",
     "tiers.transfer",
+    "tiers.spill",
     "tiers.activations",
     "runtime.rows",
     "runtime.calls",

@@ -290,3 +290,63 @@ def test_the_name_is_gone_before_room_is_reserved(dirs, store, names_of_a_run, m
     monkeypatch.setattr(scratch_module, "reserve", looking)
     store.scratch(RECORDS, chunk_nbytes=CHUNK).close()
     assert found and all(names == names_of_a_run for names in found)
+
+
+# -- records cut out of another ----------------------------------------------------------------
+
+ROOM = RecordSpec("room", 16 * CHUNK)
+
+
+@pytest.mark.parametrize("offset", range(0, 4 * CHUNK, CHUNK))
+def test_carved_records_lie_where_the_chunks_of_the_whole_do(store, offset) -> None:
+    with store.scratch([RECORDS[0], ROOM], chunk_nbytes=CHUNK) as scratch:
+        scratch.write("room", content("room", 1, ROOM.nbytes)).wait()
+        spec = RecordSpec("part", 5 * CHUNK + 4096)
+        scratch.carve(spec, within="room", offset=offset)
+        scratch.write("part", content("part", 1, spec.nbytes)).wait()
+        assert read(scratch, "part") == content("part", 1, spec.nbytes)
+        # The chunks before and behind it are those of the whole still.
+        end = offset + 6 * CHUNK
+        whole = content("room", 1, ROOM.nbytes)
+        assert read(scratch, "room", end) == whole[end:]
+        if offset:
+            assert read(scratch, "room", 0, offset) == whole[:offset]
+
+
+def test_a_carved_record_does_not_take_what_lay_there_before_for_its_own(store) -> None:
+    data = content("part", 1, CHUNK)
+    checksums = []
+    with store.scratch([ROOM], chunk_nbytes=CHUNK) as scratch:
+        for _ in range(2):
+            scratch.carve(RecordSpec("part", CHUNK), within="room", offset=0)
+            with pytest.raises(StateError, match="never written"):
+                read(scratch, "part")
+            scratch.write("part", data).wait()
+            checksums.append(scratch._records["part"].pending.checksums)
+            scratch.drop("part")
+    assert checksums[0] != checksums[1]
+
+
+def test_dropped_records_are_gone_and_those_in_use_are_not_dropped(dirs, specs) -> None:
+    with (
+        Store.create(dirs, specs, engine=LazyEngine(), chunk_nbytes=CHUNK) as store,
+        store.scratch([ROOM], chunk_nbytes=CHUNK) as scratch,
+    ):
+        scratch.carve(RecordSpec("part", CHUNK), within="room", offset=CHUNK)
+        ticket = scratch.write("part", bytes(CHUNK))
+        with pytest.raises(StateError, match="in use"):
+            scratch.drop("part")
+        ticket.wait()
+        scratch.drop("part")
+        with pytest.raises(StateError, match="no record 'part'"):
+            read(scratch, "part", nbytes=CHUNK)
+        scratch.carve(RecordSpec("part", 2 * CHUNK), within="room", offset=0)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "offset", "name"),
+    [(CHUNK, 4096, "part"), (CHUNK, -CHUNK, "part"), (CHUNK, 16 * CHUNK, "part"), (CHUNK, 0, "room")],
+)
+def test_what_cannot_be_carved_is_refused(store, nbytes, offset, name) -> None:
+    with store.scratch([ROOM], chunk_nbytes=CHUNK) as scratch, pytest.raises(ValueError, match="record"):
+        scratch.carve(RecordSpec(name, nbytes), within="room", offset=offset)
