@@ -94,6 +94,7 @@ def _plan(plan: TrainingPlan) -> dict[str, Any]:
             "parked_in_host_memory": memory.parked_nbytes,
             "parked_on_disk": memory.parked_disk_nbytes,
             "saved_inputs": traffic.saved_inputs_nbytes,
+            "saved_inputs_on_disk": traffic.spilled_nbytes,
         },
         "step_written": plan.step_written_nbytes,
         "steps_to_tbw": plan.steps_to_tbw,

@@ -3,7 +3,8 @@
 The memory is laid out by the runtime's own `plan_memory`, asked as `offload.attach` asks it, so what fits
 here fits there. Two things come on top that the runtime finds out by running: the saved inputs of the
 whole batch, and torch's temporaries on the device. Room for the first is asked for (`activations_nbytes`)
-where the runtime's share would not do; the second is kept off the device budget.
+where the runtime's share would not do, and on the drives (`activations_disk_nbytes`) where no budget of host
+memory with that much fits; the second is kept off the device budget.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from ..tiers.memory_planning import plan_memory, smallest_plan
 from ..tiers.memory_request import MemoryRequest
 from ..tiers.records import RecordSet, record_sets, store_records
 from ..training.config import MEMORY_SAVE_STEPS
+from .inputs import saved_inputs
 from .model import ModelFacts
 from .plan import Lack, TrainingPlan
 from .question import Question
 from .times import link_times, step_seconds
 from .traffic import step_traffic
-from .work import saved_inputs_nbytes, step_flops, temporaries_nbytes
+from .work import step_flops, temporaries_nbytes
 
 __all__ = ["Choice", "lay_out", "row_choices"]
 
@@ -62,15 +64,19 @@ def lay_out(question: Question, model: ModelFacts, choice: Choice) -> TrainingPl
     """Return the plan of a choice, or the first tier that is too small for it."""
     options = _options(question, choice)
     setup = _Setup(question, model, choice, options)
-    lack = _lack_of_memory(setup) or _lack_of_room(setup, ())
+    lack = _lack_of_memory(setup) or _lack_of_room(setup, None)
     if lack is not None:
         return lack
     memory, asks = _plan(setup)
-    lack = _lack_of_room(setup, memory.parked_on_disk)
+    lack = _lack_of_room(setup, memory)
     if lack is not None:
         return lack
     if asks:
-        options = replace(options, activations_nbytes=setup.saved_nbytes)
+        options = replace(
+            options,
+            activations_nbytes=memory.activations_nbytes,
+            activations_disk_nbytes=setup.saved.disk_room_nbytes(memory.activations_nbytes),
+        )
     return _finish(setup, options, memory)
 
 
@@ -88,7 +94,7 @@ class _Setup:
         )
         self.schedule = model.schedule(wraps=not options.parks)
         itemsize = options.torch_compute_dtype.itemsize
-        self.saved_nbytes = saved_inputs_nbytes(model, question.batch, question.length, itemsize)
+        self.saved = saved_inputs(model, question.batch, question.length, itemsize)
         rows = choice.rows or question.batch
         self.temporaries_nbytes = temporaries_nbytes(model, question.batch, rows, question.length, itemsize)
         # A GPU's copies that change the dtype pass through buffers of their own.
@@ -128,10 +134,15 @@ def _options(question: Question, choice: Choice) -> RuntimeOptions:
 def _plan(setup: _Setup) -> tuple[MemoryPlan, bool]:
     """Return the memory that the runtime would lay out, and whether it must be told of the saved inputs."""
     memory = _plan_memory(setup, DEFAULT_ACTIVATIONS_NBYTES, fill=True)
-    if memory is not None and memory.activations_nbytes >= setup.saved_nbytes:
+    if memory is not None and memory.activations_nbytes >= setup.saved.nbytes:
         return memory, False
-    memory = _plan_memory(setup, setup.saved_nbytes, fill=False)
-    assert memory is not None, "the smallest plan fits"
+    memory = _plan_memory(setup, setup.saved.nbytes, fill=False)
+    if memory is None:
+        # What is left of the host budget keeps as many of them as it can.
+        filled = _plan_memory(setup, setup.saved.least_nbytes, fill=True)
+        assert filled is not None, "the smallest plan fits"
+        memory = _plan_memory(setup, filled.activations_nbytes, fill=False)
+        assert memory is not None, "what was filled fits as asked for"
     return memory, True
 
 
@@ -150,7 +161,7 @@ def _plan_memory(setup: _Setup, activations_nbytes: int, *, fill: bool) -> Memor
 
 def _finish(setup: _Setup, options: RuntimeOptions, memory: MemoryPlan) -> TrainingPlan:
     question, model = setup.question, setup.model
-    traffic = step_traffic(setup.schedule, setup.records, model.trains, options, memory, setup.saved_nbytes)
+    traffic = step_traffic(setup.schedule, setup.records, model.trains, options, memory, setup.saved)
     flops = step_flops(model, question.batch, question.length)
     links = link_times(question.machine, traffic, flops, question.speed)
     step_s, bottleneck = step_seconds(links, commits_apart=memory.home is not Tier.DISK)
@@ -169,13 +180,15 @@ def _finish(setup: _Setup, options: RuntimeOptions, memory: MemoryPlan) -> Train
         links=links,
         step_s=step_s,
         bottleneck=bottleneck,
-        host_nbytes=memory.host_nbytes - memory.activations_nbytes + setup.saved_nbytes,
+        host_nbytes=memory.host_nbytes
+        - memory.activations_nbytes
+        + min(setup.saved.nbytes, memory.activations_nbytes),
         device_nbytes=memory.device_nbytes
         + memory.device_reserve_nbytes
         + setup.staging_nbytes
         + setup.temporaries_nbytes,
         temporaries_nbytes=setup.temporaries_nbytes,
-        drive_nbytes=_drive_nbytes(setup, memory.parked_on_disk),
+        drive_nbytes=_drive_nbytes(setup, memory),
         step_written_nbytes=written,
         steps_to_tbw=steps,
         notes=_notes(setup, options),
@@ -197,8 +210,8 @@ def _notes(setup: _Setup, options: RuntimeOptions) -> tuple[str, ...]:
         )
     if options.activations_nbytes is not None:
         notes.append(
-            f"saved inputs need {format_bytes(setup.saved_nbytes)}, more than a run would leave them by"
-            f" itself: offload.attach needs activations_nbytes={setup.saved_nbytes}"
+            f"saved inputs need {format_bytes(setup.saved.nbytes)}, more than a run would leave them by"
+            f" itself: it needs activations_nbytes={options.activations_nbytes}{_disk_words(options)}"
         )
     limit = setup.model.max_positions
     if limit is not None and question.length > limit:
@@ -206,11 +219,18 @@ def _notes(setup: _Setup, options: RuntimeOptions) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _disk_words(options: RuntimeOptions) -> str:
+    room = options.activations_disk_nbytes
+    return f" and activations_disk_nbytes={room}, for what goes to the drives" if room else ""
+
+
 # -- what is lacking -----------------------------------------------------------------------------
 
 
 def _lack_of_memory(setup: _Setup) -> Lack | None:
-    least = smallest_plan(setup.memory_request(setup.saved_nbytes))
+    least = smallest_plan(setup.memory_request(setup.saved.nbytes))
+    if least.host_nbytes > setup.question.host_memory and setup.options.disk:
+        least = smallest_plan(setup.memory_request(setup.saved.least_nbytes))
     device = least.device_nbytes + least.device_reserve_nbytes
     if device > setup.arena_limit_nbytes:
         needed = align_up(device + setup.staging_nbytes + setup.temporaries_nbytes, MIB)
@@ -220,27 +240,33 @@ def _lack_of_memory(setup: _Setup) -> Lack | None:
     return None
 
 
-def _lack_of_room(setup: _Setup, parked: tuple[str, ...]) -> Lack | None:
+def _lack_of_room(setup: _Setup, memory: MemoryPlan | None) -> Lack | None:
     known = [nbytes for nbytes in setup.question.room_nbytes if nbytes is not None]
-    needed = _drive_nbytes(setup, parked)
+    needed = _drive_nbytes(setup, memory)
     if not known or not setup.options.disk or needed <= min(known):
         return None
     kept = "every mutable record twice, so that a commit never overwrites the one before"
+    if memory is not None and (room := setup.saved.disk_room_nbytes(memory.activations_nbytes)):
+        kept += f"; {format_bytes(room)} for saved inputs that host memory does not hold"
     return Lack(Tier.DISK, needed, min(known), kept)
 
 
-def _drive_nbytes(setup: _Setup, parked: tuple[str, ...]) -> int:
-    """Return what the state takes on each drive; manifests, some kilobytes, are left out."""
+def _drive_nbytes(setup: _Setup, memory: MemoryPlan | None) -> int:
+    """Return what the state takes on each drive, and what `memory` sends there; without the manifests."""
     if not setup.options.disk:
         return 0
     nbytes = sum(spec.nbytes * (2 if spec.mutable else 1) for spec in store_records(setup.records))
-    layout = PartLayout(setup.options.chunk_numel, setup.options.torch_gradient_dtype.itemsize)
-    nbytes += sum(layout.record_nbytes(setup.records[owner].layout.trainable_numel) for owner in parked)
+    if memory is not None:
+        layout = PartLayout(setup.options.chunk_numel, setup.options.torch_gradient_dtype.itemsize)
+        numel = {owner: setup.records[owner].layout.trainable_numel for owner in memory.parked_on_disk}
+        nbytes += sum(layout.record_nbytes(count) for count in numel.values())
+        nbytes += setup.saved.disk_room_nbytes(memory.activations_nbytes)
     return -(-nbytes // len(setup.options.disk))
 
 
 def _host_reason(setup: _Setup) -> str:
-    saved = f"of them {format_bytes(setup.saved_nbytes)} for the inputs that the batch saves"
+    inputs = setup.saved.least_nbytes if setup.options.disk else setup.saved.nbytes
+    saved = f"of them {format_bytes(inputs)} for the inputs that the batch saves"
     if setup.options.resolved_home is Tier.DISK:
         return f"buffers for weights, gradients and optimizer chunks on their way; {saved}"
     resident = sum(_resident(setup.records).values())

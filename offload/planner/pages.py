@@ -147,6 +147,7 @@ def _plan_section(plan: TrainingPlan) -> Section:
 def _memory_section(question: Question, plan: TrainingPlan) -> Section:
     count = len(plan.options.disk)
     room = [nbytes for nbytes in question.room_nbytes if nbytes is not None]
+    saved, spilled = plan.traffic.saved_inputs_nbytes, plan.traffic.spilled_nbytes
     rows = [
         ("device", format_bytes(plan.device_nbytes), format_bytes(question.device_memory)),
         ("host", format_bytes(plan.host_nbytes), format_bytes(question.host_memory)),
@@ -155,8 +156,12 @@ def _memory_section(question: Question, plan: TrainingPlan) -> Section:
         rows.append((f"{count} drive{'s' * (count > 1)}, each", format_bytes(plan.drive_nbytes), _room(room)))
     lines = [
         f"device: about {format_bytes(plan.temporaries_nbytes)} of it are torch's temporaries, an estimate;"
-        f" host: {format_bytes(plan.traffic.saved_inputs_nbytes)} are saved inputs of units"
+        f" host: {format_bytes(saved - spilled)} are saved inputs of units"
     ]
+    if spilled:
+        lines.append(
+            f"on disk: {format_bytes(spilled)} of saved inputs, the first ones, written and read once a step"
+        )
     if parked := plan.memory.describe_parked():
         lines.append(parked)
     if count:
@@ -188,6 +193,8 @@ def _run_section(plan: TrainingPlan) -> Section:
         "max_length": plan.length,
         "save_steps": plan.options.save_steps,
         "max_grad_norm": plan.options.max_grad_norm,
+        "activations_nbytes": plan.options.activations_nbytes,
+        "activations_disk_nbytes": plan.options.activations_disk_nbytes or None,
     }
     code = "".join(f"{key}: {value}\n" for key, value in keys.items() if value is not None)
     return Section("For the configuration of offload finetune", code=code, language="yaml")

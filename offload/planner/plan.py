@@ -82,6 +82,8 @@ class TrainingPlan:
             "rows": options.rows,
             "save_steps": options.save_steps,
         }
+        if options.activations_disk_nbytes:
+            chosen["activations_disk_nbytes"] = options.activations_disk_nbytes
         optional = {
             "max_grad_norm": options.max_grad_norm,
             "gradient_dtype": options.gradient_dtype,

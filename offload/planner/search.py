@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from ..machine import Machine
 from ..sizes import GIB, align_up
 from ..specs import MomentDType, Tier
+from .inputs import saved_inputs
 from .layout import Choice, lay_out, row_choices
 from .model import ModelFacts
 from .plan import Lack, TrainingPlan
 from .question import CPU_HOST_SHARE, DEVICE_SHARE, HOST_SHARE, Question
-from .work import saved_inputs_nbytes, temporaries_nbytes
+from .work import temporaries_nbytes
 
 __all__ = ["Answer", "Outcome", "Suggestion", "plan_training"]
 
@@ -157,7 +158,7 @@ def _choose(plans: Sequence[TrainingPlan]) -> TrainingPlan | None:
 def _plain_nbytes(question: Question, model: ModelFacts) -> int:
     itemsize = 4 if question.compute == "float32" else 2
     activations = temporaries_nbytes(model, 1, 1, question.length, itemsize)
-    kept = saved_inputs_nbytes(model, 1, question.length, itemsize)
+    kept = saved_inputs(model, 1, question.length, itemsize).nbytes
     return model.num_parameters * _PLAIN_NBYTES[question.compute] + activations + kept
 
 

@@ -22,6 +22,7 @@ from ..tiers.gradient_homes import PartLayout
 from ..tiers.memory_plan import MemoryPlan
 from ..tiers.records import RecordSet
 from ..tiers.schedule import Pass, Phase, Schedule, completion_order
+from .inputs import SavedInputs
 
 __all__ = ["Fetches", "Traffic", "count_fetches", "step_traffic"]
 
@@ -52,6 +53,7 @@ class Traffic:
         most_disk_read_nbytes: where every updated record is.
         disk_written_nbytes: the same, with the share of a step where commits are several steps apart.
         commit_nbytes: written by one commit, where the home is not the disk; 0 where it is.
+        spilled_nbytes: of those read, and of those written, inputs of units that memory does not hold.
         parked_nbytes: of those read, and of those written, gradients parked on disk.
         to_device_nbytes: weights, partial gradients and saved inputs.
         to_host_nbytes: gradients and saved inputs.
@@ -64,6 +66,7 @@ class Traffic:
     most_disk_read_nbytes: int
     disk_written_nbytes: int
     commit_nbytes: int
+    spilled_nbytes: int
     parked_nbytes: int
     to_device_nbytes: int
     to_host_nbytes: int
@@ -83,7 +86,7 @@ def step_traffic(
     trains: Mapping[str, tuple[str, ...]],
     options: RuntimeOptions,
     plan: MemoryPlan,
-    saved_inputs_nbytes: int,
+    saved: SavedInputs,
 ) -> Traffic:
     """Return what a step moves when `plan` is carried out.
 
@@ -93,7 +96,7 @@ def step_traffic(
         trains: for each unit, the owners whose gradients its backward adds to.
         options: of the run.
         plan: its memory.
-        saved_inputs_nbytes: inputs of units that the batch saves.
+        saved: inputs of units that the batch saves.
     """
     fetches = count_fetches(schedule, trains, plan, parks=options.parks)
     fetched = sum(count * records[owner].host_nbytes for owner, count in fetches.all.items())
@@ -105,6 +108,7 @@ def step_traffic(
     gradients = {owner: unit.layout.trainable_numel * itemsize for owner, unit in trained.items()}
     visits = Counter(owner for unit in schedule.order for owner in trains[unit])
     parked_read, parked_written = _parked(trained, visits, options, plan)
+    spilled = sum(saved.on_disk(plan.activations_nbytes))
     read = written = commit = kept = 0
     if plan.home is Tier.DISK:
         # Between passes an update reads the weights itself, and what is frozen with them.
@@ -120,15 +124,16 @@ def step_traffic(
     # Every visit behind the first that adds to a gradient brings the sum so far back to the device.
     again = sum((count - 1) * gradients[owner] for owner, count in visits.items())
     return Traffic(
-        disk_read_nbytes=read - handed_over + parked_read,
-        least_disk_read_nbytes=read - kept + parked_read,
-        most_disk_read_nbytes=read + parked_read,
-        disk_written_nbytes=written + parked_written,
+        disk_read_nbytes=read - handed_over + parked_read + spilled,
+        least_disk_read_nbytes=read - kept + parked_read + spilled,
+        most_disk_read_nbytes=read + parked_read + spilled,
+        disk_written_nbytes=written + parked_written + spilled,
         commit_nbytes=commit,
+        spilled_nbytes=spilled,
         parked_nbytes=max(parked_read, parked_written),
-        to_device_nbytes=fetched + again + saved_inputs_nbytes,
-        to_host_nbytes=sum(gradients.values()) + again + saved_inputs_nbytes,
-        saved_inputs_nbytes=saved_inputs_nbytes,
+        to_device_nbytes=fetched + again + saved.nbytes,
+        to_host_nbytes=sum(gradients.values()) + again + saved.nbytes,
+        saved_inputs_nbytes=saved.nbytes,
         update_nbytes=sum(gradients.values()) + 2 * (weights + optimizer),
     )
 

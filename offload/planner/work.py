@@ -15,16 +15,12 @@ they and their gradient in the compute dtype, and the loss's two tensors in fp32
 
 from __future__ import annotations
 
-from ..sizes import align_up
 from .model import ModelFacts
 
-__all__ = ["saved_inputs_nbytes", "step_flops", "temporaries_nbytes"]
+__all__ = ["step_flops", "temporaries_nbytes"]
 
 # Forward, its recomputation, and a backward of twice the work.
 _FORWARDS = 4
-
-# A saved input is a lease of whole pages.
-_PAGE_NBYTES = 4096
 
 
 def step_flops(model: ModelFacts, batch: int, length: int) -> tuple[int, int]:
@@ -33,16 +29,6 @@ def step_flops(model: ModelFacts, batch: int, length: int) -> tuple[int, int]:
     products = 2 * _FORWARDS * model.multiplied_numel * tokens
     attention = 4 * _FORWARDS * model.num_layers * model.attention_width * length * tokens
     return products, attention
-
-
-def saved_inputs_nbytes(model: ModelFacts, batch: int, length: int, itemsize: int) -> int:
-    """Return the host bytes of the inputs that a step keeps from forward to backward.
-
-    Args:
-        itemsize: bytes of an element in the compute dtype.
-    """
-    each = align_up(batch * length * model.hidden_size * itemsize, _PAGE_NBYTES)
-    return each * sum(1 for unit in model.units if unit.name not in model.lookups)
 
 
 def temporaries_nbytes(model: ModelFacts, batch: int, rows: int, length: int, itemsize: int) -> int:

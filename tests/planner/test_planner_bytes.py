@@ -16,10 +16,10 @@ from toy_models import LENGTH, ROWS, SETTINGS, VOCAB, build, make_batch, train
 import offload
 from offload.codec import RecordFormat
 from offload.errors import CapacityError
-from offload.planner import TrainingPlan, describe_model
+from offload.planner import Lack, TrainingPlan, describe_model
+from offload.planner.inputs import saved_inputs
 from offload.planner.layout import Choice, lay_out
 from offload.planner.traffic import Traffic, count_fetches, step_traffic
-from offload.planner.work import saved_inputs_nbytes
 from offload.sizes import GIB, MIB, align_up
 from offload.specs import Tier
 from offload.tiers.memory_planning import smallest_plan
@@ -44,7 +44,7 @@ def run(
     facts = describe_model(model, name)
     with offload.attach(model, disk=[tmp_path], trace=tracer, **(SETTINGS | settings)) as runtime:
         parts = runtime._parts
-        saved = saved_inputs_nbytes(facts, ROWS, LENGTH, 4)
+        saved = saved_inputs(facts, ROWS, LENGTH, 4)
         planned = step_traffic(
             parts.schedule, parts.records, facts.trains, parts.options, runtime.plan, saved
         )
@@ -129,7 +129,7 @@ def test_the_device_gets_and_gives_what_was_planned(name, home, parks, tmp_path)
 
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_inputs_take_what_was_planned_and_not_a_page_less(name, tmp_path):
-    saved = saved_inputs_nbytes(describe_model(build(name), name), ROWS, LENGTH, 4)
+    saved = saved_inputs(describe_model(build(name), name), ROWS, LENGTH, 4).nbytes
     for nbytes in (saved, saved - 4096):
         model = build(name)
         folder = tmp_path / str(nbytes)
@@ -140,6 +140,48 @@ def test_saved_inputs_take_what_was_planned_and_not_a_page_less(name, tmp_path):
             else:
                 with pytest.raises(CapacityError):
                     model(input_ids=make_batch(name, 0)[0], labels=make_batch(name, 0)[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("pages", [2, 5, 8])
+def test_inputs_on_disk_move_what_was_planned(name, pages, tmp_path):
+    settings = {"activations_nbytes": pages * 4096, "activations_disk_nbytes": MIB, "max_grad_norm": 1.0}
+    planned, moved = run(name, tmp_path, **settings)
+    assert planned.spilled_nbytes == (5 - pages // 2) * align_up(INPUT_NBYTES, 4096)
+    assert [one.activations_written_nbytes for one in moved] == [planned.spilled_nbytes] * STEPS
+    assert [one.activations_read_nbytes for one in moved] == [planned.spilled_nbytes] * STEPS
+    assert [one.disk_written_nbytes for one in moved] == [planned.disk_written_nbytes] * STEPS
+    assert [one.disk_read_nbytes for one in moved] == [planned.most_disk_read_nbytes] * STEPS
+
+
+@pytest.mark.parametrize("home", list(Tier))
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_plan_for_a_host_too_small_for_the_inputs_sends_the_rest_to_disk(clip, home, tmp_path):
+    model = build("llama")
+    facts, choice = describe_model(model, "llama"), Choice(home, "float32", None)
+    asked = question(
+        machine(memory=GIB, device=None),
+        host_memory=4096,
+        device_memory=64 * MIB,
+        batch=ROWS,
+        length=LENGTH,
+        max_grad_norm=clip,
+    )
+    lack = lay_out(asked, facts, choice)
+    assert isinstance(lack, Lack) and lack.tier is Tier.HOST
+    plan = lay_out(replace(asked, host_memory=lack.needed_nbytes + 4096), facts, choice)
+    assert isinstance(plan, TrainingPlan)
+    assert plan.traffic.spilled_nbytes > 0
+    assert plan.settings["activations_disk_nbytes"] >= plan.traffic.spilled_nbytes
+    assert any("activations_disk_nbytes" in note for note in plan.notes)
+    with offload.attach(model, disk=[tmp_path], **(plan.settings | {"device": "cpu"})) as runtime:
+        train("llama", runtime, model, range(2))
+        runtime.synchronize()
+        stats = runtime.stats()
+    assert runtime.plan == plan.memory
+    assert stats.activations_written_nbytes == 2 * plan.traffic.spilled_nbytes
+    assert stats.activations_read_nbytes == 2 * plan.traffic.spilled_nbytes
+    assert stats.host_high_water_nbytes == plan.memory.host_nbytes <= lack.needed_nbytes + 4096
 
 
 @pytest.mark.parametrize("home", list(Tier))
