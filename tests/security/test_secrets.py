@@ -6,8 +6,10 @@ secret, plain, in base64 and as a path has it.
 
 from __future__ import annotations
 
+import ast
 import base64
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -15,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli.runs_cases import begin, call
 from training.conftest import make_model_directory
 
+import offload.redaction
 from offload.errors import ConfigError
 from offload.redaction import MASK, holds_secret, redact, redacted_output
 from offload.training.config import load_config
@@ -263,6 +267,45 @@ def test_a_secret_is_known_by_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("MAX_TOKENS", "4096000000000000")
     monkeypatch.setenv("RUN_KEY", "baseline-01")
     assert not holds_secret(f"{tmp_path} 4096000000000000 baseline-01")
+
+
+@pytest.mark.parametrize("value", ['quo"ted-back\\slash', "umlaut-\u00fc-secret", "line\nbreak-secret"])
+@pytest.mark.parametrize("encode", [json.dumps, repr, lambda text: json.dumps(text, ensure_ascii=False)])
+def test_a_secret_is_known_as_json_and_repr_have_it(
+    monkeypatch: pytest.MonkeyPatch, value: str, encode: Callable[[str], str]
+) -> None:
+    monkeypatch.setenv("STORE_PASSWORD", value)
+    for text in (f"before {value} behind", f"\n{TOKEN} \x1b{TOKEN} \u00fc{TOKEN}"):
+        shown = redact(encode(text))
+        assert ast.literal_eval(shown) == text.replace(value, MASK).replace(TOKEN, MASK)
+
+
+def test_json_for_other_programs_is_redacted_and_stays_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    secret = 'a"secret\u00fc\\directory'
+    drive = tmp_path / f"{secret}-{TOKEN}"
+    drive.mkdir()
+    run = begin([drive])
+    monkeypatch.setenv("STORE_PASSWORD", secret)
+    code, out, _ = call(capsys, "runs", "--json", drive)
+    (found,) = json.loads(out)["runs"]
+    assert (code, found["run_id"]) == (0, run)
+    assert [folder["path"] for folder in found["folders"]] == [f"{tmp_path}/{MASK}-{MASK}/run-{run}"]
+
+
+def test_the_environment_is_read_once_for_a_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    real = offload.redaction._secret_values
+    monkeypatch.setattr(offload.redaction, "_secret_values", lambda: reads.append(1) or real())
+    monkeypatch.setenv("STORE_PASSWORD", "correct-horse-canary")
+    with redacted_output():
+        for _ in range(3):
+            print("correct-horse-canary")
+    assert capsys.readouterr().out == f"{MASK}\n" * 3
+    assert reads == [1]
 
 
 def test_streams_are_redacted_and_given_back(capsys: pytest.CaptureFixture[str]) -> None:
