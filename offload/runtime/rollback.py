@@ -80,8 +80,19 @@ class Snapshots:
         self._store("a snapshot").drop_snapshot(name)
 
     def newest(self) -> str | None:
-        """Return the newest snapshot that can be restored."""
-        names = [info.name for info in self.list() if info.problem is None]
+        """Return the newest snapshot that is whole; None when there is none.
+
+        Raises:
+            StorageError: one cannot be read at present, so it is not known which is the newest.
+        """
+        found = self.list()
+        for info in found:
+            if info.error is not None and not info.is_lost:
+                raise info.error.restated(
+                    f"snapshot {info.name!r} cannot be read, and it may be the one to go back to:"
+                    f" {info.error}; resume the run when it can be read, or drop it"
+                )
+        names = [info.name for info in found if info.error is None]
         return names[-1] if names else None
 
     def restore(

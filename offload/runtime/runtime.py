@@ -248,6 +248,7 @@ class Runtime:
             StateError: the step was dropped and the run shall not go on: there is no snapshot, or the run
                 went back `max_rollbacks` times.
             CorruptionError: the snapshot is damaged; the last commit stands, resume the run there.
+            StorageError: a snapshot cannot be read at present; likewise.
         """
         self._check_usable()
         number, limit = self.global_step + 1, self._parts.options.max_rollbacks

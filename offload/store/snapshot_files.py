@@ -67,6 +67,13 @@ class SnapshotInfo:
         """The message of `error`."""
         return None if self.error is None else str(self.error)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it is damaged, or a part of it is gone. Another error may be gone at the next look."""
+        return isinstance(self.error, CorruptionError) or (
+            self.error is not None and self.error.errno == errno.ENOENT
+        )
+
 
 def list_snapshots(directories: Sequence[str | os.PathLike[str]], run_id: str) -> tuple[SnapshotInfo, ...]:
     """Return the snapshots of a run, the oldest first, without locking or changing anything.

@@ -10,6 +10,7 @@ Thread rule: the thread that trains.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..errors import DiskFullError, StateError
 from ..runtime.resume_point import count_in, read_resume_point
 from ..runtime.rollback import Rollback
 from ..runtime.runtime import Runtime
+from ..store import SnapshotInfo
 from .config import FinetuneConfig
 from .output import OutputDirectory
 from .progress import Progress
@@ -24,8 +26,9 @@ from .spikes import LossSpikes
 
 __all__ = ["StepGuard"]
 
-# Snapshots of this name are the guard's own: the newest is kept. Those that others took stay.
-ROLLING = "rolling-"
+# Snapshots of this name, of a step and a generation, are the guard's own: the newest is kept. What others
+# took stays. The generation makes the name a new one when a step is reached again.
+_ROLLING = re.compile(r"rolling-(\d+)-(\d+)")
 
 
 class StepGuard:
@@ -115,9 +118,8 @@ class StepGuard:
         if self._kept_step is not None and runtime.global_step % every:
             return False
         runtime.synchronize()
-        older = [info.name for info in runtime.snapshots() if info.name.startswith(ROLLING)]
-        # The generation makes the name a new one when a step is reached again.
-        name = f"{ROLLING}{runtime.global_step}-{runtime.generation}"
+        older = [info.name for info in self._rolling()]
+        name = f"rolling-{runtime.global_step}-{runtime.generation}"
         try:
             self._take(name)
         except DiskFullError as error:
@@ -141,18 +143,26 @@ class StepGuard:
         for name in names:
             self._runtime.drop_snapshot(name)
 
+    def _rolling(self) -> list[SnapshotInfo]:
+        """Return the guard's own snapshots, those that cannot be restored first, then the oldest first."""
+        return [info for info in self._runtime.snapshots() if _ROLLING.fullmatch(info.name)]
+
     def _keep_newest(self) -> int | None:
-        """Return the step of the newest snapshot of ours; older ones go, which a kill may have left."""
+        """Return the step of the newest snapshot of ours; older ones go, which a kill may have left.
+
+        One that cannot be read at present may be whole: it stays, and so does the newest one that is whole.
+        """
         if self._config.snapshot_steps is None:
             return None
-        found = [info for info in self._runtime.snapshots() if info.name.startswith(ROLLING)]
-        whole = [info for info in found if info.problem is None and info.state is not None]
-        if not whole:
+        found = self._rolling()
+        kept = [info for info in found if info.error is not None and not info.is_lost]
+        for info in kept:
+            self._progress.line(f"warning: snapshot {info.name} stays, but cannot be read: {info.error}")
+        kept += [info for info in found if info.error is None][-1:]
+        if not kept:
             return None
-        newest = whole[-1]
-        self._drop([info.name for info in found if info.name != newest.name])
-        assert newest.state is not None
-        return count_in(newest.state, "step", f"snapshot {newest.name}")
+        self._drop([info.name for info in found if info not in kept])
+        return max(_taken_at(info.name) for info in kept)[1]
 
     def _state_of_rollback(self, reason: str) -> dict[str, Any]:
         """Return what to commit if the run goes back now: the data goes on behind this batch."""
@@ -193,3 +203,10 @@ class StepGuard:
         elif not isinstance(losses, list) or not all(type(loss) is float for loss in losses):
             raise StateError(f"{what} cannot be resumed: its committed 'losses' are no list of numbers")
         return LossSpikes(losses)
+
+
+def _taken_at(name: str) -> tuple[int, int]:
+    """Return the generation and the step of a rolling snapshot, which may be one that cannot be read."""
+    found = _ROLLING.fullmatch(name)
+    assert found is not None
+    return int(found[2]), int(found[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -12,11 +13,13 @@ from typing import Any
 
 import pytest
 
+import offload.store.files
 import offload.training.finetune
-from offload.errors import ConfigError, DiskFullError, StateError
+from offload.errors import ConfigError, DiskFullError, StateError, StorageError
 from offload.store import list_runs, list_snapshots
 from offload.training.data import Batches
 from offload.training.finetune import finetune
+from offload.training.guard import StepGuard
 
 HERE = Path(__file__).resolve().parent
 
@@ -208,6 +211,40 @@ def test_a_snapshot_takes_the_place_of_the_one_before_where_there_is_no_room_for
     told = [line for line in lines if line.endswith("1 KiB free; taking the place of the one before instead")]
     assert len(told) == 2
     assert [kept.rpartition("-")[0] for kept in snapshots(tmp_path / "out")] == ["rolling-4"]
+
+
+def test_a_snapshot_that_cannot_be_read_for_a_while_stays(
+    make_config: Any, tmp_path: Path, disturb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A passing EIO must cost nothing: neither the snapshot, nor the place that the run would go back to."""
+    settings = {**ROLLBACK, "snapshot_steps": 2, "max_non_finite_steps": 1, "output_dir": tmp_path / "out"}
+    with monkeypatch.context() as patch:
+        patch.setattr(StepGuard, "_drop", lambda *_: None)  # as when it is killed there
+        finetune(make_config(max_steps=5, **settings), echo=lambda _: None)
+    steps = ["rolling-0", "rolling-2", "rolling-4"]
+    assert [name.rpartition("-")[0] for name in snapshots(tmp_path / "out")] == steps
+    read_file = offload.store.files.read_file
+    healed = False
+
+    def failing(fd: int, name: str, path: str, *args: Any) -> bytes:
+        if name.startswith("snapshot-rolling-4") and not healed:
+            raise StorageError(f"cannot read {path}: Input/output error", errno=errno.EIO, path=path)
+        return read_file(fd, name, path, *args)
+
+    monkeypatch.setattr("offload.store.files.read_file", failing)
+    disturb(b6=math.nan)
+    lines: list[str] = []
+    with pytest.raises(StorageError, match="cannot be read, and it may be the one to go back to") as error:
+        finetune(make_config(max_steps=6, **settings), echo=lines.append)
+    assert error.value.errno == errno.EIO
+    assert [line for line in lines if line.startswith("warning: snapshot rolling-4-")]
+    assert "the run stands at step 5, committed" in lines[-1]
+    assert not [line for line in lines if line.startswith("snapshot of step")]  # none was due
+    healed = True
+    assert [name.rpartition("-")[0] for name in snapshots(tmp_path / "out")] == steps[1:]
+    lines.clear()
+    assert finetune(make_config(max_steps=6, **settings), echo=lines.append).step == 6
+    assert [line for line in lines if line.startswith("went back from step 5 to step 4")]
 
 
 def test_a_drive_without_room_for_run_and_snapshot_is_refused_before_the_import(
