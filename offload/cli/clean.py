@@ -25,8 +25,8 @@ offload finetune, or one run's folder. Removed is only what is provably ours: ru
 ownership file, or what an interrupted creation or export left, and in each only the names that
 offload gives its files. No symbolic link is followed. Kept, and named with the reason: a run in use, a folder
 with a foreign file in it, the run of an output directory that DIR is a copy of, a run one of whose
-drives is not among the directories (--run ID removes what is here of it all the same). Of an output
-directory its exported model, metrics and configuration stay.
+drives is not among the directories (--run ID removes what is here of it all the same; where no drive of it
+is there, nothing). Of an output directory its exported model, metrics and configuration stay.
 
 Examples:
 
@@ -133,6 +133,12 @@ def _why_kept(target: Target, *, alone: bool, leftovers: bool) -> str | None:
             f"{target.output} is a copy of {original}, whose run this is; name {original} to remove the"
             " run, or remove the copy by hand"
         )
+    if not _directories(target) and (elsewhere := _outside(target)):
+        return (
+            f"nothing of it is in {', '.join(elsewhere)}, and {target.output} alone says that it is theirs:"
+            f" mount its drives and name it again, or remove {target.output}/run.json where they are gone for"
+            " good"
+        )
     if run.state is RunState.DRIVE_MISSING and not alone:
         return f"{run.reason}; --run {run.run_id} removes what is here"
     try:
@@ -155,6 +161,19 @@ def _copied_from(target: Target) -> str | None:
     return target.pointer.directory if shared else None
 
 
+def _outside(target: Target) -> list[str]:
+    """Return the directories of a run that lie outside of its output directory: drives that may come back."""
+    from ..training.pointer import run_directories
+
+    if target.output is None or target.pointer is None:
+        return []
+    return [
+        directory
+        for directory in run_directories(target.output, target.pointer)
+        if not Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(target.output))
+    ]
+
+
 def _run_item(target: Target) -> _Item:
     from ._runs import age, model_of, step_of
 
@@ -167,7 +186,7 @@ def _run_item(target: Target) -> _Item:
 
 
 def _drop(target: Target) -> None:
-    """Remove a run, then what names it: a kill in between leaves a name that this command removes again."""
+    """Remove a run, then what names it: so a kill in between leaves no drive that nothing names."""
     from ..store import remove_run
     from ..training.pointer import POINTER_NAME
 

@@ -356,6 +356,25 @@ def test_an_output_directory_loses_its_state_and_keeps_its_results(capsys, tmp_p
     assert sorted(path.name for path in output.iterdir()) == ["final", "metrics.jsonl"]
 
 
+@pytest.mark.parametrize("place", ["drive", "out/state"])
+def test_an_output_directory_none_of_whose_drives_is_there(capsys, tmp_path, place):
+    """What names a run on drives that are not mounted is all that leads to it; within, it is gone."""
+    drive, output = tmp_path / place, tmp_path / "out"
+    drive.mkdir(parents=True)
+    run = begin([drive])
+    point(tmp_path / "made", run, [drive])
+    output.mkdir(exist_ok=True)
+    (tmp_path / "made" / "run.json").rename(output / "run.json")
+    drive.rename(tmp_path / "away")
+    code, out, _ = call(capsys, "clean", output, "--yes", "--run", run)
+    assert (code, (output / "run.json").exists()) == (0, place == "drive")
+    if place == "drive":
+        assert f"kept: run {run} of {output}: nothing of it is in {drive}" in out
+        assert f"remove {output}/run.json where they are gone for good" in out
+        (tmp_path / "away").rename(drive)
+        assert call(capsys, "verify", output)[0] == 0
+
+
 def copied(tmp_path: Path, state: Path) -> tuple[str, Path, Path]:
     """Train in an output directory and copy it; return the run's id and both."""
     original, copy = tmp_path / "original", tmp_path / "copy"
