@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OFFLOAD_MACHINE"] = "/nonexistent/offload/machine.json"
 
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from own_mounts import leave_shared_mounts
 
 # The same examples in every run, and no deadline: a loaded machine is not a failure.
 settings.register_profile("offload", derandomize=True, deadline=None, print_blob=True)
@@ -37,6 +39,17 @@ def fixed_seeds() -> None:
     np.random.seed(SEED)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def own_mounts() -> None:
+    """Give this process mounts of its own (own_mounts.py); skips where mounting is not allowed."""
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount")
+    try:
+        leave_shared_mounts()
+    except OSError as error:
+        pytest.skip(f"mounting needs root: {error}")
 
 
 @pytest.fixture

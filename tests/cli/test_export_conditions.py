@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,6 @@ from runs_cases import begin, call
 from offload.errors import LockedError, StorageError
 from offload.export.folder import find_leftovers, remove_export, work_folder
 
-needs_root = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting needs root"
-)
-
 
 @pytest.fixture
 def drive(tmp_path: Path) -> Path:
@@ -28,7 +23,7 @@ def drive(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Path]:
+def mounted(tmp_path: Path, own_mounts: None) -> Iterator[Path]:
     """A file system in memory with 12 KiB of room."""
     point = tmp_path / "small"
     point.mkdir()
@@ -39,7 +34,6 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(point)], check=True)
 
 
-@needs_root
 def test_a_full_disk_says_the_bytes_and_leaves_the_run(capsys, drive, mounted, monkeypatch):
     run = begin([drive])
     before = {path: path.read_bytes() for path in drive.rglob("*") if path.name == "data.bin"}
@@ -56,7 +50,6 @@ def test_a_full_disk_says_the_bytes_and_leaves_the_run(capsys, drive, mounted, m
     assert call(capsys, "verify", drive, "--run", run)[0] == 0
 
 
-@needs_root
 def test_a_read_only_target_is_one_error(capsys, drive, mounted):
     begin([drive])
     subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
@@ -65,7 +58,7 @@ def test_a_read_only_target_is_one_error(capsys, drive, mounted):
     assert call(capsys, "verify", drive)[0] == 0
 
 
-@needs_root
+@pytest.mark.usefixtures("own_mounts")
 def test_a_run_on_a_read_only_drive_is_checked_and_exported(capsys, drive, tmp_path):
     begin([drive])
     subprocess.run(["mount", "--bind", str(drive), str(drive)], check=True)

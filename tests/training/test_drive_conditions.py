@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +17,6 @@ from offload.errors import StorageError
 from offload.store import list_runs
 from offload.training.finetune import finetune
 
-needs_root = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting needs root"
-)
-
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +26,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["tmpfs", "ext4"])
-def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+def small(request: pytest.FixtureRequest, tmp_path: Path, own_mounts: None) -> Iterator[Path]:
     """A file system of 24 MiB."""
     point = tmp_path / "small"
     point.mkdir()
@@ -114,7 +109,6 @@ def check_goes_on(config: Any, directory: Path, make_config: Any, tmp_path: Path
     assert [name for name in os.listdir(config.output_dir) if name.endswith(".part")] == []
 
 
-@needs_root
 def test_no_room_for_a_commit(
     make_config: Any, tmp_path: Path, small: Path, at_batch: Any, capsys: Any
 ) -> None:
@@ -132,7 +126,6 @@ def test_no_room_for_a_commit(
     check_goes_on(config, small, make_config, tmp_path)
 
 
-@needs_root
 def test_no_room_for_the_metrics(
     make_config: Any, tmp_path: Path, small: Path, at_batch: Any, capsys: Any
 ) -> None:
@@ -148,7 +141,6 @@ def test_no_room_for_the_metrics(
     check_goes_on(config, tmp_path / "state", make_config, tmp_path)
 
 
-@needs_root
 def test_no_room_for_the_export(
     make_config: Any, tmp_path: Path, small: Path, at_batch: Any, capsys: Any
 ) -> None:
@@ -204,7 +196,6 @@ def test_a_trace_that_cannot_be_written_does_not_hide_why_the_run_ended(
     assert "cannot write the trace" in out
 
 
-@needs_root
 @pytest.mark.parametrize("small", ["ext4"], indirect=True)
 def test_a_drive_that_becomes_read_only(
     make_config: Any, tmp_path: Path, small: Path, at_batch: Any, capsys: Any
@@ -224,7 +215,6 @@ def test_a_drive_that_becomes_read_only(
     check_goes_on(config, small, make_config, tmp_path)
 
 
-@needs_root
 @pytest.mark.parametrize("small", ["tmpfs"], indirect=True)
 def test_an_output_directory_that_becomes_read_only(
     make_config: Any, tmp_path: Path, small: Path, at_batch: Any, capsys: Any
@@ -247,7 +237,6 @@ def test_an_output_directory_that_becomes_read_only(
     check_goes_on(config, tmp_path / "state", make_config, tmp_path)
 
 
-@needs_root
 @pytest.mark.parametrize("small", ["ext4"], indirect=True)
 def test_a_drive_that_is_not_mounted_is_named_and_nothing_is_written_in_its_place(
     make_config: Any, tmp_path: Path, small: Path, capsys: Any
