@@ -74,8 +74,13 @@ def plan_memory(
     Raises:
         CapacityError: not even the smallest plan fits.
     """
-    plans = [_plan_at(request, depth) for depth in _depths(request.home)]
-    fitting = _fitting(plans, host_limit_nbytes, device_limit_nbytes)
+    plans: list[MemoryPlan] = []
+    fitting: list[MemoryPlan] = []
+    for depth in _depths(request.home):
+        plans.append(_plan_at(request, depth))
+        fitting = _fitting(plans[-1:], host_limit_nbytes, device_limit_nbytes)
+        if fitting:
+            break  # With no gradient on disk it is the one; shallower plans need not be made.
     if not fitting and request.parks and request.parks_on_disk:
         share = host_limit_nbytes // ACTIVATIONS_SHARE if fill_activations else 0
         plans = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -47,18 +48,18 @@ class RecordSet:
         """Return the record's name in the store."""
         return f"{self.layout.name}:{kind}"
 
-    @property
+    @cached_property
     def weights_nbytes(self) -> int:
         """Bytes of the weights record, 0 when nothing is trainable."""
         numel = self.layout.trainable_numel
         return self.format.weights_nbytes(numel) if numel else 0
 
-    @property
+    @cached_property
     def frozen_nbytes(self) -> int:
         """Bytes of the frozen record, 0 when nothing is frozen."""
         return self.format.frozen_nbytes(self.layout.frozen_numel, self.compute_dtype)
 
-    @property
+    @cached_property
     def optimizer_nbytes(self) -> int:
         """Bytes of the optimizer record, 0 when nothing is trainable."""
         numel = self.layout.trainable_numel
@@ -74,7 +75,7 @@ class RecordSet:
         """Byte offset of the frozen weights in the device buffer, behind the trainable ones."""
         return align_up(self.layout.trainable_numel * self.compute_dtype.itemsize, DEVICE_ALIGNMENT_NBYTES)
 
-    @property
+    @cached_property
     def device_nbytes(self) -> int:
         """Bytes of the device buffer that holds the unit's weights in the compute dtype."""
         return self.frozen_offset_on_device + self.layout.frozen_numel * self.compute_dtype.itemsize
