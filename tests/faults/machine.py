@@ -7,6 +7,7 @@ I/O engine and the store's system calls are replaced, so every operation of a dr
 
 from __future__ import annotations
 
+import functools
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -208,7 +209,7 @@ class Run:
 
 def build() -> torch.nn.Module:
     """Two records of different size in two optimizer chunks and one, and a small head."""
-    torch.manual_seed(0)
+    seed(0)
     model = torch.nn.Sequential(
         torch.nn.Sequential(torch.nn.Linear(48, 48), torch.nn.GELU(), torch.nn.Dropout(0.1)),
         torch.nn.Sequential(torch.nn.Linear(48, 16), torch.nn.GELU(), torch.nn.Dropout(0.1)),
@@ -218,10 +219,20 @@ def build() -> torch.nn.Module:
     return model
 
 
-def loss_of(model: torch.nn.Module, step: int) -> torch.Tensor:
+def seed(number: int) -> None:
+    """Seed torch's generator of the CPU; `torch.manual_seed` queues a traceback for CUDA's each time."""
+    torch.default_generator.manual_seed(number)
+
+
+@functools.cache
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 + step)
-    inputs = torch.randn(4, 48, generator=generator)
-    return torch.nn.functional.cross_entropy(model(inputs), torch.randint(8, (4,), generator=generator))
+    return torch.randn(4, 48, generator=generator), torch.randint(8, (4,), generator=generator)
+
+
+def loss_of(model: torch.nn.Module, step: int) -> torch.Tensor:
+    inputs, labels = batch(step)
+    return torch.nn.functional.cross_entropy(model(inputs), labels)
 
 
 def newest_run(machine: Machine) -> str | None:
@@ -253,7 +264,7 @@ def go_on(
         run.resumed = run_id is not None
         model = build()
         random.seed(5)
-        torch.manual_seed(5)
+        seed(5)
         chosen = {**SETTINGS, **config.settings, "run_id": run_id, "resume": run_id is not None}
         with offload.attach(model, disk=machine.directories, **chosen) as runtime:
             run.first_step = runtime.global_step

@@ -12,17 +12,21 @@ A call that PEP 475 retries (write, fsync, open) is never seen to be interrupted
 from __future__ import annotations
 
 import errno
+import functools
+import importlib
 import os
+import pkgutil
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+import offload.store
 from offload.aio.sim import SimDisk
 from offload.aio.sim.faults import OperationKind
 
@@ -113,6 +117,13 @@ class Durable:
                 disk.remove(path)
 
 
+@functools.cache
+def _modules_that_use_os() -> tuple[ModuleType, ...]:
+    """Return the modules of the store that call the operating system."""
+    names = [module.name for module in pkgutil.iter_modules(offload.store.__path__, "offload.store.")]
+    return tuple(module for module in map(importlib.import_module, names) if hasattr(module, "os"))
+
+
 def _apply(names: dict[str, _Content], old: str | None, new: str | None, content: _Content | None) -> None:
     if old is not None:
         names.pop(old, None)
@@ -156,9 +167,8 @@ class SmallFiles:
     def installed(self) -> Iterator[None]:
         """Take the place of `os` in the store."""
         with pytest.MonkeyPatch.context() as patch:
-            for name, module in list(sys.modules.items()):
-                if name.startswith("offload.store.") and hasattr(module, "os"):
-                    patch.setattr(module, "os", self)
+            for module in _modules_that_use_os():
+                patch.setattr(module, "os", self)
             yield
 
     def adopt(self) -> None:

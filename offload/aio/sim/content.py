@@ -54,9 +54,9 @@ class SimContent:
 
     def write_some(self, offset: int, data: memoryview | bytes, rng: random.Random) -> None:
         """Put some sectors of a write in the cache: those that overwrite others, each by a coin."""
+        last = self.size_nbytes // self._sector_nbytes  # of those that are inside as a whole
         for index, sector in self._merged(offset, data):
-            inside = (index + 1) * self._sector_nbytes <= self.size_nbytes
-            if inside and self._has_room(index) and rng.random() < 0.5:
+            if index < last and self._has_room(index) and rng.random() < 0.5:
                 self._put(index, sector)
 
     def room_for(self, offset: int, nbytes: int, free_nbytes: int) -> int:
@@ -193,12 +193,11 @@ class SimContent:
 
     def _merged(self, offset: int, data: memoryview | bytes) -> Iterator[tuple[int, bytes]]:
         """Yield each sector that a write touches, as it is afterwards."""
-        position = 0
-        while position < len(data):
-            index, within = divmod(offset + position, self._sector_nbytes)
-            piece = bytes(data[position : position + self._sector_nbytes - within])
-            position += len(piece)
-            if len(piece) < self._sector_nbytes:
-                old = self._sector(index)
-                piece = old[:within] + piece + old[within + len(piece) :]
-            yield index, piece
+        first, lead = divmod(offset, self._sector_nbytes)
+        whole = bytes(data)
+        if lead:
+            whole = self._sector(first)[:lead] + whole
+        if rest := len(whole) % self._sector_nbytes:
+            whole += self._sector(first + len(whole) // self._sector_nbytes)[rest:]
+        for index, start in enumerate(range(0, len(whole), self._sector_nbytes), first):
+            yield index, whole[start : start + self._sector_nbytes]
