@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,21 @@ def test_every_bug_has_its_place_and_its_tests(script: ModuleType) -> None:
         assert bug.text != bug.planted
         for test in bug.tests:
             assert (ROOT / test.split("::")[0]).exists(), f"{bug.name} names {test}"
+
+
+def test_every_single_test_that_a_bug_names_is_there(script: ModuleType) -> None:
+    """The numbers and names in brackets change with the parameters of a test."""
+    named = sorted({test for bug in script.BUGS for test in bug.tests if "::" in test})
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *named],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line for line in done.stdout.splitlines() if "::" in line} == set(named)
 
 
 def test_a_bug_that_cannot_be_planted_is_an_error(script: ModuleType, tmp_path: Path) -> None:
