@@ -96,14 +96,23 @@ class _Setup:
         itemsize = options.torch_compute_dtype.itemsize
         self.saved = saved_inputs(model, question.batch, question.length, itemsize)
         rows = choice.rows or question.batch
-        self.temporaries_nbytes = temporaries_nbytes(model, question.batch, rows, question.length, itemsize)
+        # Those of a chunk are in the runtime's own plan.
+        self.full_logits = model.loss_head is None or options.loss_chunk_nbytes is None
+        self.temporaries_nbytes = temporaries_nbytes(
+            model, question.batch, rows, question.length, itemsize, full_logits=self.full_logits
+        )
         # A GPU's copies that change the dtype pass through buffers of their own.
         self.staging_nbytes = 0 if question.machine.device is None else 2 * STAGING_NBYTES
 
     def memory_request(self, activations_nbytes: int) -> MemoryRequest:
         """Return what the runtime asks its memory plan for, with so much for saved inputs."""
         return memory_request(
-            self.options, self.schedule, self.records, self.model.trains, activations_nbytes
+            self.options,
+            self.schedule,
+            self.records,
+            self.model.trains,
+            activations_nbytes,
+            self.model.loss_head,
         )
 
     @property
@@ -233,7 +242,8 @@ def _lack_of_memory(setup: _Setup) -> Lack | None:
         least = smallest_plan(setup.memory_request(setup.saved.least_nbytes))
     device = least.device_nbytes + least.device_reserve_nbytes
     if device > setup.arena_limit_nbytes:
-        needed = align_up(device + setup.staging_nbytes + setup.temporaries_nbytes, MIB)
+        # Rounded as `arena_limit_nbytes` is, which would lose a part of a MiB otherwise.
+        needed = align_up(align_up(device, MIB) + setup.staging_nbytes + setup.temporaries_nbytes, MIB)
         return Lack(Tier.DEVICE, needed, setup.question.device_memory, _device_reason(setup))
     if least.host_nbytes > setup.question.host_memory:
         return Lack(Tier.HOST, least.host_nbytes, setup.question.host_memory, _host_reason(setup))
@@ -278,7 +288,10 @@ def _resident(records: Mapping[str, RecordSet]) -> dict[str, int]:
 
 
 def _device_reason(setup: _Setup) -> str:
+    batch, chunk = " and the logits of the batch", ""
+    if not setup.full_logits:
+        batch, chunk = "", ", and the logits of a chunk"
     return (
-        f"of them about {format_bytes(setup.temporaries_nbytes)} for activations and the logits of the batch;"
-        " the rest for weights and gradients of the units at work"
+        f"of them about {format_bytes(setup.temporaries_nbytes)} for activations{batch}; the rest for weights"
+        f" and gradients of the units at work{chunk}"
     )

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import ConfigError
 from ..tiers.schedule import Schedule
-from ..units import Unit, find_units
+from ..units import LossHead, Unit, find_loss_head, find_units
 from .shapes import Shape
 
 __all__ = ["ModelFacts", "config_of_shape", "describe_config", "describe_model"]
@@ -38,6 +38,7 @@ class ModelFacts:
         attention_width: heads times the width of a head.
         vocab_size: logits of a token.
         max_positions: tokens that a row may have; None where the configuration does not say.
+        loss_head: the head whose loss a run computes in chunks of tokens; None when it cannot.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ModelFacts:
     attention_width: int
     vocab_size: int
     max_positions: int | None
+    loss_head: LossHead | None
 
     @property
     def trains(self) -> dict[str, tuple[str, ...]]:
@@ -119,6 +121,7 @@ def describe_model(model: torch.nn.Module, name: str) -> ModelFacts:
         attention_width=heads * (getattr(config, "head_dim", None) or hidden // heads),
         vocab_size=_dimension(config, "vocab_size", name),
         max_positions=getattr(config, "max_position_embeddings", None),
+        loss_head=find_loss_head(model, [unit.name for unit in units]),
     )
 
 

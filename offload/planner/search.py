@@ -157,7 +157,7 @@ def _choose(plans: Sequence[TrainingPlan]) -> TrainingPlan | None:
 
 def _plain_nbytes(question: Question, model: ModelFacts) -> int:
     itemsize = 4 if question.compute == "float32" else 2
-    activations = temporaries_nbytes(model, 1, 1, question.length, itemsize)
+    activations = temporaries_nbytes(model, 1, 1, question.length, itemsize, full_logits=True)
     kept = saved_inputs(model, 1, question.length, itemsize).nbytes
     return model.num_parameters * _PLAIN_NBYTES[question.compute] + activations + kept
 

@@ -9,12 +9,13 @@ et al. 2022, arXiv 2204.02311, appendix B.
 [Note: temporaries] An estimate: torch's own, which no lease counts. A unit's backward keeps about
 10 x hidden + 4 x intermediate elements a token (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1,
 with attention that never writes its scores, and a gated MLP). The whole batch has four tensors of the
-hidden width between two units. Logits of the whole batch exist at once, since the loss is the caller's:
-they and their gradient in the compute dtype, and the loss's two tensors in fp32.
+hidden width between two units. Where the loss is not computed in chunks of tokens, logits of the whole batch
+exist at once (`units.logits_nbytes`).
 """
 
 from __future__ import annotations
 
+from ..units import logits_nbytes
 from .model import ModelFacts
 
 __all__ = ["step_flops", "temporaries_nbytes"]
@@ -31,15 +32,18 @@ def step_flops(model: ModelFacts, batch: int, length: int) -> tuple[int, int]:
     return products, attention
 
 
-def temporaries_nbytes(model: ModelFacts, batch: int, rows: int, length: int, itemsize: int) -> int:
+def temporaries_nbytes(
+    model: ModelFacts, batch: int, rows: int, length: int, itemsize: int, *, full_logits: bool
+) -> int:
     """Return the device bytes of activations and logits; see [Note: temporaries].
 
     Args:
         rows: of a micro-batch.
         itemsize: bytes of an element in the compute dtype.
+        full_logits: the logits of the whole batch exist at once.
     """
     tokens = batch * length
     between = 4 * tokens * model.hidden_size * itemsize
     inside = rows * length * (10 * model.hidden_size + 4 * model.intermediate_size) * itemsize
-    logits = tokens * model.vocab_size * (2 * itemsize + 8)
+    logits = logits_nbytes(tokens, model.vocab_size, itemsize) if full_logits else 0
     return between + max(inside, logits)

@@ -9,7 +9,7 @@ import torch
 
 from ..tiers.records import RecordSet, record_sets
 from ..tiers.schedule import Schedule
-from ..units import Unit, find_units
+from ..units import LossHead, Unit, find_loss_head, find_units
 from .options import RuntimeOptions
 
 __all__ = ["Blueprint"]
@@ -26,6 +26,7 @@ class Blueprint:
         records: of the units, by owner.
         schedule: the predicted order of visits.
         trains: for each unit, the owners whose gradients its backward adds to.
+        loss_head: the head whose loss is computed in chunks, None when none is.
     """
 
     model: torch.nn.Module
@@ -34,6 +35,16 @@ class Blueprint:
     records: Mapping[str, RecordSet]
     schedule: Schedule
     trains: Mapping[str, tuple[str, ...]]
+    loss_head: LossHead | None
+
+    @property
+    def wide_owners(self) -> frozenset[str]:
+        """Owners whose gradients are sums, and are added up in fp32 beside the compute dtype's own."""
+        if self.options.sums_wide:
+            return frozenset(self.records)
+        if self.loss_head is None or self.options.compute_dtype == "float32":
+            return frozenset()
+        return frozenset(self.trains[self.loss_head.unit])
 
     @classmethod
     def of(cls, model: torch.nn.Module, options: RuntimeOptions) -> Blueprint:
@@ -55,4 +66,9 @@ class Blueprint:
                 wraps=not options.parks,
             ),
             trains={unit.name: unit.trained_records for unit in units},
+            loss_head=(
+                None
+                if options.loss_chunk_nbytes is None
+                else find_loss_head(model, [unit.name for unit in units])
+            ),
         )

@@ -250,7 +250,7 @@ def _gradients(base: _Base, disk_gradients: DiskGradients | None) -> Gradients:
         # With `parks` every record has a place.
         shared=() if options.parks else shared_owners(blueprint.trains),
         overflow=base.activations,
-        sum_wide=options.sums_wide,
+        wide=base.blueprint.wide_owners,
         parks=options.parks,
         dtype=options.torch_gradient_dtype,
         trace=base.trace,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ class Call:
     """One call of a unit, kept from its forward to its backward.
 
     Attributes:
+        function: what is run on the module's own forward and the arguments; None for that forward itself.
         tree: the pytree structure of (args, kwargs).
         leaves: its leaves; None where a tensor was saved.
         kept: for each leaf that is a tensor kept by reference, its index in the saved tensors.
@@ -66,6 +67,7 @@ class Call:
         awaited: notes the call as dropped when it is collected; dead once its backward has begun.
     """
 
+    function: Callable[..., torch.Tensor] | None
     tree: pytree.TreeSpec
     leaves: list[Any]
     tensor_indices: tuple[int, ...]

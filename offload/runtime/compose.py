@@ -8,6 +8,7 @@ their source or recover them, and only then replace the model's parameters and t
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..tiers.records import RecordSet
 from ..trace import Tracer
 from .blueprint import Blueprint
 from .building import build_parts
+from .chunked_loss import ChunkedLoss
 from .memory import DEFAULT_ACTIVATIONS_NBYTES, memory_request
 from .options import RuntimeOptions
 from .parts import Parts
@@ -34,6 +36,8 @@ from .step import Step
 from .stream import StreamedUnit
 
 __all__ = ["attach"]
+
+_log = logging.getLogger("offload")
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -94,7 +98,7 @@ def attach(
         step = Step(parts, parts.progress.committed_step)
         runtime = Runtime(parts, step, state)
         undo.callback(runtime.close)
-        _take_over(model, runtime, step, parts, groups)
+        _take_over(blueprint, runtime, step, parts, groups)
         undo.pop_all()
         return runtime
 
@@ -129,7 +133,14 @@ def _plan(blueprint: Blueprint, device: Device) -> MemoryPlan:
     options = blueprint.options
     activations_nbytes = options.activations_nbytes or DEFAULT_ACTIVATIONS_NBYTES
     return plan_memory(
-        memory_request(options, blueprint.schedule, blueprint.records, blueprint.trains, activations_nbytes),
+        memory_request(
+            options,
+            blueprint.schedule,
+            blueprint.records,
+            blueprint.trains,
+            activations_nbytes,
+            blueprint.loss_head,
+        ),
         host_limit_nbytes=options.host_memory,
         # What the device holds back for itself (staging for conversions) is not there to be planned.
         device_limit_nbytes=device.budget.free_nbytes,
@@ -172,8 +183,9 @@ def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def _take_over(
-    model: torch.nn.Module, runtime: Runtime, step: Step, parts: Parts, groups: list[dict[str, Any]]
+    blueprint: Blueprint, runtime: Runtime, step: Step, parts: Parts, groups: list[dict[str, Any]]
 ) -> None:
+    model = blueprint.model
     replace_parameters(model, lambda _, parameter: placeholder(parameter))
     by_name = dict(model.named_parameters())
     named_groups = [
@@ -188,4 +200,22 @@ def _take_over(
         # torch leaves these methods untyped.
         hooks.append(unit.module.register_state_dict_pre_hook(refuse_state_dict))  # type: ignore[no-untyped-call]
         hooks.append(unit.module.register_load_state_dict_pre_hook(refuse_load_state_dict))  # type: ignore[no-untyped-call]
-    runtime.install(StreamedAdamW(named_groups, runtime.step, parts.options.optimizer), streamed, hooks)
+    optimizer = StreamedAdamW(named_groups, runtime.step, parts.options.optimizer)
+    runtime.install(optimizer, streamed, hooks, _chunked_loss(blueprint, streamed, step))
+
+
+def _chunked_loss(
+    blueprint: Blueprint, streamed: Mapping[str, StreamedUnit], step: Step
+) -> ChunkedLoss | None:
+    head, limit = blueprint.loss_head, blueprint.options.loss_chunk_nbytes
+    if limit is None:
+        return None
+    if head is None:
+        if hasattr(blueprint.model, "loss_function"):
+            _log.info(
+                "the loss of a %s is not computed in chunks of tokens, but from the logits of a whole batch",
+                type(blueprint.model).__name__,
+            )
+        return None
+    rows = head.chunk_rows(limit, blueprint.options.torch_compute_dtype.itemsize)
+    return ChunkedLoss(head, blueprint.model, streamed[head.unit], step, rows)

@@ -11,6 +11,7 @@ from ..sizes import MIB
 from ..tiers.memory_request import MemoryRequest
 from ..tiers.records import RecordSet
 from ..tiers.schedule import Schedule
+from ..units import LossHead
 from .options import RuntimeOptions
 
 __all__ = ["DEFAULT_ACTIVATIONS_NBYTES", "memory_request"]
@@ -25,6 +26,7 @@ def memory_request(
     records: Mapping[str, RecordSet],
     trains: Mapping[str, tuple[str, ...]],
     activations_nbytes: int,
+    loss_head: LossHead | None,
 ) -> MemoryRequest:
     """Return the request of a run.
 
@@ -34,7 +36,13 @@ def memory_request(
         records: by owner.
         trains: for each unit, the owners whose gradients its backward adds to.
         activations_nbytes: host bytes for saved inputs.
+        loss_head: the head whose loss is computed in chunks, None when none is.
     """
+    limit, itemsize = options.loss_chunk_nbytes, options.torch_compute_dtype.itemsize
+    chunked: tuple[str, ...] = ()
+    chunk_nbytes = 0
+    if loss_head is not None and limit is not None:
+        chunked, chunk_nbytes = trains[loss_head.unit], loss_head.chunk_nbytes(limit, itemsize)
     return MemoryRequest(
         schedule=schedule,
         records=records,
@@ -45,4 +53,6 @@ def memory_request(
         activations_nbytes=activations_nbytes,
         parks=options.parks,
         parks_on_disk=bool(options.disk),
+        chunked=chunked,
+        chunk_nbytes=chunk_nbytes,
     )

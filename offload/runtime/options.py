@@ -14,7 +14,7 @@ from ..aio import EngineName
 from ..codec import RecordFormat
 from ..errors import ConfigError
 from ..optim import AdamWOptions
-from ..sizes import GIB, format_bytes, parse_bytes
+from ..sizes import GIB, MIB, format_bytes, parse_bytes
 from ..specs import MomentDType, RecordDType, Tier
 
 __all__ = ["ComputeDType", "OnNonFinite", "RuntimeOptions", "is_queue_depth", "is_segment_size"]
@@ -32,6 +32,7 @@ SIZES = (
     "activations_nbytes",
     "activations_disk_nbytes",
     "segment_nbytes",
+    "loss_chunk_nbytes",
 )
 
 # What every I/O engine takes.
@@ -91,6 +92,9 @@ class RuntimeOptions:
             budget, at least 16 MiB, and an eighth of it where gradients are parked on disk.
         activations_disk_nbytes: room on the drives for saved inputs that host memory does not hold, reserved
             before the first step. 0 keeps them in host memory. They are written and read once each in a step.
+        loss_chunk_nbytes: where a Hugging Face model computes its own loss (`labels`), head and loss run in
+            chunks of tokens whose logits take so many bytes of the device, and at most 1,024 tokens. None
+            computes the logits of the whole batch at once. Other values give other sums, by their rounding.
     """
 
     disk: Sequence[Path | str] = ()
@@ -120,6 +124,7 @@ class RuntimeOptions:
     chunk_numel: int = 1 << 21
     activations_nbytes: int | None = None
     activations_disk_nbytes: int = 0
+    loss_chunk_nbytes: int | None = 64 * MIB
 
     def __post_init__(self) -> None:
         if self.home is Tier.DISK and not self.disk:
@@ -144,6 +149,8 @@ class RuntimeOptions:
             raise ConfigError("activations_disk_nbytes is room on drives, and none was given: set disk=[...]")
         if self.rows is not None and self.rows <= 0:
             raise ConfigError(f"rows must be positive or None, got {self.rows}")
+        if self.loss_chunk_nbytes is not None and self.loss_chunk_nbytes <= 0:
+            raise ConfigError(f"loss_chunk_nbytes must be positive or None, got {self.loss_chunk_nbytes}")
         self._check_gradients()
         self._check_chunks()
 

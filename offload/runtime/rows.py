@@ -12,7 +12,7 @@ import torch
 
 from ..errors import StateError
 
-__all__ = ["cut", "join", "join_gradient", "micro_batches"]
+__all__ = ["chunks", "cut", "join", "join_gradient", "micro_batches"]
 
 
 def micro_batches(
@@ -28,6 +28,18 @@ def micro_batches(
         return None, ((0, 0),)
     _refuse_ambiguity(tensors, batch)
     return batch, tuple((start, min(start + rows, batch)) for start in range(0, batch, rows))
+
+
+def chunks(tensors: Sequence[torch.Tensor], rows: int) -> tuple[int | None, tuple[tuple[int, int], ...]]:
+    """Return the number of rows and the chunks of `rows` rows each, for tensors that are all cut.
+
+    Args:
+        tensors: of two dimensions or more, with the same first one; so nothing has to be guessed.
+    """
+    total = tensors[0].shape[0]
+    if total <= rows:
+        return None, ((0, 0),)
+    return total, tuple((start, min(start + rows, total)) for start in range(0, total, rows))
 
 
 def cut(

@@ -27,6 +27,7 @@ from ..optim import StreamedAdamW
 from ..optim.norms import GlobalNorm
 from ..store import SnapshotInfo
 from ..tiers.memory_plan import MemoryPlan
+from .chunked_loss import ChunkedLoss
 from .parts import Parts
 from .placeholders import replace_parameters
 from .rng import capture_rng
@@ -56,6 +57,7 @@ class Runtime:
         self._closed = False
         self.optimizer: StreamedAdamW
         self._streamed: dict[str, StreamedUnit] = {}
+        self._loss: ChunkedLoss | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def install(
@@ -63,6 +65,7 @@ class Runtime:
         optimizer: StreamedAdamW,
         streamed: Mapping[str, StreamedUnit],
         hooks: list[torch.utils.hooks.RemovableHandle],
+        loss: ChunkedLoss | None,
     ) -> None:
         """Take over the model's units; called once, by `compose.py`."""
         self.optimizer = optimizer
@@ -70,6 +73,9 @@ class Runtime:
         self._step.install(optimizer, self._streamed)
         for unit in self._streamed.values():
             unit.install()
+        self._loss = loss
+        if loss is not None:
+            loss.install()
 
     # -- what the user calls -----------------------------------------------------------------
 
@@ -401,6 +407,8 @@ class Runtime:
         if self._closed:
             return
         self._closed = True
+        if self._loss is not None:
+            self._loss.remove()
         for unit in self._streamed.values():
             unit.remove()
         for hook in self._hooks:

@@ -55,11 +55,14 @@ from .calls import (
     version_of,
 )
 from .rng import DeviceRng
-from .rows import cut, join, join_gradient, micro_batches
+from .rows import chunks, cut, join, join_gradient, micro_batches
 
 __all__ = ["StreamedUnit", "UnitHost"]
 
 logger = logging.getLogger(__name__)
+
+# The size of what is cut, None when nothing is, and the ends of each micro-batch.
+Cuts = tuple[int | None, tuple[tuple[int, int], ...]]
 
 
 class UnitHost(Protocol):
@@ -113,7 +116,7 @@ class StreamedUnit:
 
     def install(self) -> None:
         """Route calls of the module through the runtime."""
-        vars(self.module)["forward"] = self._forward
+        vars(self.module)["forward"] = self.run
 
     def remove(self) -> None:
         """Undo `install`."""
@@ -124,15 +127,52 @@ class StreamedUnit:
 
     # -- forward -----------------------------------------------------------------------------
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward with streamed weights, on micro-batches of rows."""
         if not torch.is_grad_enabled():
-            return self._infer(args, kwargs)
+            return self._infer(self._original, args, kwargs)
         args, kwargs = self._without_cache(args, kwargs)
+        return self._train(None, lambda tensors: micro_batches(tensors, self._host.rows), args, kwargs)
+
+    def run_rows(
+        self, function: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], rows: int
+    ) -> torch.Tensor:
+        """Run `function(forward, *chunk)` on chunks of `rows` rows as one call of the unit; join the results.
+
+        What a chunk needs beside its result is computed again in backward, and gone before the next chunk.
+
+        Args:
+            function: gets the module's own forward and a chunk of each tensor, and returns a tensor of two
+                dimensions or more with a row for each of the chunk. No row may depend on another. It must
+                not own the model: see [Note: the graph does not own the runtime].
+            tensors: of two dimensions or more, with the same first one.
+        """
+        result: torch.Tensor
+        if torch.is_grad_enabled():
+            result = self._train(function, lambda tensors: chunks(tensors, rows), tuple(tensors), {})
+            return result
+        batch, cuts = chunks(tensors, rows)
+
+        def in_chunks(*tensors: torch.Tensor) -> torch.Tensor:
+            parts = [function(self._original, *cut(tensors, batch, *ends)) for ends in cuts]
+            return join(parts, batch, cuts)
+
+        result = self._infer(in_chunks, tuple(tensors), {})
+        return result
+
+    def _train(
+        self,
+        function: Callable[..., torch.Tensor] | None,
+        cutting: Callable[[Sequence[torch.Tensor]], Cuts],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs))
         indices = tuple(index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
         tensors = [leaves[index] for index in indices]
-        batch, cuts = micro_batches(tensors, self._host.rows)
+        batch, cuts = cutting(tensors)
         call = Call(
+            function=function,
             tree=tree,
             leaves=[None if index in indices else leaf for index, leaf in enumerate(leaves)],
             tensor_indices=indices,
@@ -153,14 +193,14 @@ class StreamedUnit:
         devices = dict.fromkeys(("cpu", self._host.activations.device_type))
         return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in devices]
 
-    def _infer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _infer(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         visit = Visit(self.unit.name, Phase.FORWARD)
         with (
             self._visit(visit, Pass.INFER) as weights,
             self._binder.bound(weights, None),
             self._host.trace.span(self.unit.name, "compute", phase="infer"),
         ):
-            result = self._original(*args, **kwargs)
+            result = function(*args, **kwargs)
             leaves, tree = pytree.tree_flatten(result)
             kept = apart_from(weights, leaves)
             return result if kept is leaves else pytree.tree_unflatten(kept, tree)
@@ -198,7 +238,7 @@ class StreamedUnit:
             for start, stop in call.cuts:
                 call.rng.append(host.rng.get())
                 with host.trace.span(self.unit.name, "compute", phase="forward", row=start):
-                    result = self._original_on(call, cut(tensors, call.batch, start, stop))
+                    result = self._run_on(call, cut(tensors, call.batch, start, stop))
                 parts.append(apart_from(weights, tensor_leaves(call, result)))
             if versions != [version_of(tensor) for tensor in tensors]:
                 raise StateError(
@@ -272,7 +312,7 @@ class StreamedUnit:
             for tensor, wants in zip(cut(inputs, call.batch, start, stop), call.wants_grad, strict=True)
         ]
         with torch.enable_grad(), autocast_as(call):
-            outputs = tensor_leaves(call, self._original_on(call, leaves))
+            outputs = tensor_leaves(call, self._run_on(call, leaves))
         pairs = [
             (output, grad)
             for output, grad in zip(outputs, cut(grad_outputs, call.batch, start, stop), strict=True)
@@ -282,14 +322,14 @@ class StreamedUnit:
             torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
         return [None if leaf is None else leaf.grad for leaf in leaves]
 
-    # -- binding -----------------------------------------------------------------------------
-
-    def _original_on(self, call: Call, tensors: Sequence[torch.Tensor | None]) -> Any:
+    def _run_on(self, call: Call, tensors: Sequence[torch.Tensor | None]) -> Any:
         leaves = list(call.leaves)
         for index, tensor in zip(call.tensor_indices, tensors, strict=True):
             leaves[index] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, call.tree)
-        return self._original(*args, **kwargs)
+        if call.function is None:
+            return self._original(*args, **kwargs)
+        return call.function(self._original, *args, **kwargs)
 
     @contextlib.contextmanager
     def _visit(self, visit: Visit, kind: Pass) -> Iterator[Mapping[str, WeightsOnDevice]]:

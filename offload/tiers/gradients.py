@@ -16,7 +16,7 @@ Thread rule: called by the thread that runs backward, one visit at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -109,11 +109,15 @@ class Gradients:
         device_pool: Pool,
         shared: Sequence[str],
         overflow: Overflow,
-        sum_wide: bool,
+        wide: Collection[str],
         parks: bool,
         dtype: torch.dtype,
         trace: Tracer,
     ) -> None:
+        """
+        Args:
+            wide: owners whose gradients are summed in fp32 beside the compute dtype's own.
+        """
         self._records = records
         self._device = device
         self._host = host
@@ -121,7 +125,7 @@ class Gradients:
         self._disk = disk
         self._device_arena = device_arena
         self._device_pool = device_pool
-        self._sum_wide = sum_wide
+        self._wide = wide
         self._parks = parks
         self._dtype = dtype
         self._trace = trace
@@ -138,7 +142,7 @@ class Gradients:
         record = self._records[owner]
         numel = record.layout.trainable_numel
         compute = record.compute_dtype
-        wide = torch.float32 if self._sum_wide else compute
+        wide = torch.float32 if owner in self._wide else compute
         nbytes = numel * wide.itemsize + (numel * compute.itemsize if wide is not compute else 0)
         lease = self._device_pool.lease(nbytes, f"{owner} gradient")
         # The bytes may still be on their way to the host for the unit before.

@@ -10,7 +10,7 @@ whose slots are held by earlier visits, which end without it; so the smallest pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -156,7 +156,7 @@ def _plan_at(request: MemoryRequest, depth: _Depth) -> MemoryPlan:
         activations_nbytes=align_up(request.activations_nbytes, SLOT_ALIGNMENT_NBYTES),
         device_weights=_rounded(device_weights),
         device_gradients=_rounded(window_slots(_sizes(accumulated, backward), 1)),
-        device_reserve_nbytes=_device_reserve(records),
+        device_reserve_nbytes=_device_reserve(request),
     )
 
 
@@ -174,10 +174,14 @@ def _gradient_slots(request: MemoryRequest, backward: list[tuple[str, ...]], upd
 
 
 def _accumulated_nbytes(request: MemoryRequest) -> dict[str, int]:
-    """Return the device bytes of each gradient: in fp32 as well when micro-batches are summed."""
-    wide = 4 if request.micro_gradients else 0
+    """Return the device bytes of each gradient: in fp32 as well when it is a sum in another dtype."""
+
+    def itemsize(owner: str, own: int) -> int:
+        summed = request.micro_gradients or (owner in request.chunked and own < 4)
+        return own + (4 if summed else 0)
+
     return {
-        owner: unit.layout.trainable_numel * (wide + unit.compute_dtype.itemsize)
+        owner: unit.layout.trainable_numel * itemsize(owner, unit.compute_dtype.itemsize)
         for owner, unit in request.records.items()
     }
 
@@ -252,16 +256,16 @@ def _sizes(nbytes: Mapping[str, int], visits: list[tuple[str, ...]]) -> list[dic
     return [{owner: nbytes[owner] for owner in owners} for owners in visits if owners]
 
 
-def _device_reserve(records: Mapping[str, RecordSet]) -> int:
-    """Return the bytes autograd needs beside the arena: the gradient of the largest parameter."""
-    return max(
-        (
-            spec.numel * unit.compute_dtype.itemsize
-            for unit in records.values()
-            for spec in unit.layout.trainable
-        ),
-        default=0,
-    )
+def _device_reserve(request: MemoryRequest) -> int:
+    """Return the bytes autograd needs beside the arena: the largest parameter's gradient, or the loss's."""
+
+    def largest(owners: Iterable[str]) -> int:
+        units = [request.records[owner] for owner in owners]
+        sizes = (spec.numel * unit.compute_dtype.itemsize for unit in units for spec in unit.layout.trainable)
+        return max(sizes, default=0)
+
+    # The head's gradient is computed from that of a chunk's logits, while these still exist.
+    return max(largest(request.records), request.chunk_nbytes + largest(request.chunked))
 
 
 def _rounded(slots: tuple[int, ...]) -> tuple[int, ...]:

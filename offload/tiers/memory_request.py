@@ -27,6 +27,8 @@ class MemoryRequest:
         activations_nbytes: host bytes for saved inputs.
         parks: keep every gradient until the step ends.
         parks_on_disk: gradients that do not fit into host memory may be kept on disk.
+        chunked: owners whose gradients are sums over chunks of the loss, and so in fp32 as well.
+        chunk_nbytes: device bytes that the logits of a chunk and their loss take at once.
     """
 
     schedule: Schedule
@@ -38,6 +40,8 @@ class MemoryRequest:
     activations_nbytes: int
     parks: bool = False
     parks_on_disk: bool = False
+    chunked: tuple[str, ...] = ()
+    chunk_nbytes: int = 0
 
     @property
     def update_order(self) -> tuple[str, ...]:

@@ -55,6 +55,8 @@ LAYERS = (
     "runtime.calls",
     "runtime.binding",
     "runtime.stream",
+    "runtime.deferred_logits",
+    "runtime.chunked_loss",
     "optim",
     "runtime.options",
     "runtime.memory",
