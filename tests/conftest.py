@@ -15,6 +15,7 @@ os.environ["OFFLOAD_MACHINE"] = "/nonexistent/offload/machine.json"
 
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,10 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from own_mounts import leave_shared_mounts
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that: tests that
+# send one to a child would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, and no deadline: a loaded machine is not a failure.
 settings.register_profile("offload", derandomize=True, deadline=None, print_blob=True)

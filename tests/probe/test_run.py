@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -40,14 +42,21 @@ def toy(**changes: object) -> BenchOptions:
     return BenchOptions(**{**options, **changes})
 
 
-def run_child(tmp_path: Path, source: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def run_child(tmp_path: Path, source: str) -> Iterator[subprocess.Popen[str]]:
+    """Run `source` in a process of its own, which does not outlive the test."""
+    child = subprocess.Popen(
         [sys.executable, "-c", source, str(tmp_path)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    with child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
 def kinds(result: BenchResult) -> set[tuple[str, str, tuple[int, ...]]]:
