@@ -61,6 +61,7 @@ _FAULT = (
 )
 _STORE_CRASH = "tests/store/test_store_crash.py"
 _STORE_SIM = "tests/store/test_store_sim.py"
+_IN_PLACE = "tests/store/test_store_in_place.py"
 
 BUGS = (
     Bug(
@@ -96,7 +97,7 @@ BUGS = (
     Bug(
         "overwrite-the-committed",
         "store/table.py",
-        "                extent = 1 - self.committed.extent\n",
+        "                extent = (self.committed.extent + 1) % len(self.offsets)\n",
         "                extent = self.committed.extent\n",
         (_STORE_SIM,),
     ),
@@ -124,9 +125,23 @@ BUGS = (
     Bug(
         "forgive-a-failed-sync",
         "store/store.py",
-        "        self._poison = Poison(error, permanent=True)\n",
+        "        self._poison = Poison(error, permanent=True, in_place=self.in_use)\n",
         "        self._poison = Poison(error)\n",
         (_STORE_CRASH,),
+    ),
+    Bug(
+        "no-mark-before-a-write-in-place",
+        "store/store.py",
+        "        return self.in_place and not self.in_use and self.generation > 0\n",
+        "        return False\n",
+        (_IN_PLACE,),
+    ),
+    Bug(
+        "open-what-was-left-in-use",
+        "store/drives.py",
+        "        if recovered.manifest.in_use:\n",
+        "        if False:\n",
+        (_IN_PLACE,),
     ),
     Bug(
         "checksums-off",

@@ -19,7 +19,8 @@ DIR is a directory that runs lie in (name all drives of a run together), an outp
 offload finetune, a directory of such, or one run's folder. A run that is being trained is listed as well.
 
 States: complete - it goes on from its step; in use - by the process named; unfinished - interrupted before
-anything was committed; damaged - a manifest or a folder is not what was written; drive missing.
+anything was committed; lost - it ran with commit: off and did not end in order; damaged - a manifest or a
+folder is not what was written; drive missing.
 
 Examples:
 

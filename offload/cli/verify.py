@@ -94,7 +94,8 @@ def _check(target: Target, *, quiet: bool, fall_back: bool) -> tuple[dict[str, A
         if not quiet:
             typer.echo(printable(text))
 
-    say(f"{target.label} ({model_of(target)}, step {step_of(target.run.newest)})")
+    step = step_of(target.run.newest)
+    say(f"{target.label} ({model_of(target)}{'' if step is None else f', step {step}'})")
     with open_engine() as engine:
         try:
             with RunReader.open(target.run.directories, engine=engine, run_id=target.run.run_id) as reader:

@@ -86,7 +86,12 @@ class _RollBack:
     reached: threading.Event
 
 
-_Work = Update | _Commit | _Pause | _RollBack | threading.Event | None
+@dataclass(frozen=True)
+class _Turn:
+    """A step has ended that is not committed: what follows is read ahead from the first record again."""
+
+
+_Work = Update | _Commit | _Turn | _Pause | _RollBack | threading.Event | None
 
 
 class Updater:
@@ -140,7 +145,7 @@ class Updater:
     # -- the model's thread ------------------------------------------------------------------
 
     def expect(self, order: Sequence[str]) -> None:
-        """Predict the owners that a step updates, in order; takes effect at the next commit."""
+        """Predict the owners that a step updates, in order; takes effect when the step ends."""
         self._order = tuple(order)
 
     def submit(self, update: Update) -> None:
@@ -163,6 +168,10 @@ class Updater:
         """Queue a commit of everything submitted so far, with `state` in its manifest."""
         self._work.put(_Commit(state, step))
 
+    def turn(self) -> None:
+        """Queue the end of a step that is not committed."""
+        self._work.put(_Turn())
+
     def drain(self) -> None:
         """Wait until all queued work is done.
 
@@ -176,7 +185,7 @@ class Updater:
             raise self._error
 
     def quiet(self) -> None:
-        """Wait as `drain` does, and give every staging slot back; the next commit reads ahead again.
+        """Wait as `drain` does, and give every staging slot back; the end of the next step reads ahead again.
 
         Raises:
             OffloadError: the thread's error, if it failed.
@@ -271,12 +280,14 @@ class Updater:
             error = self._pipeline.settle()
             self._error = self._error or error
 
-    def _attempt(self, item: Update | _Commit) -> None:
+    def _attempt(self, item: Update | _Commit | _Turn) -> None:
         try:
             if isinstance(item, Update):
                 self._update(item)
-            else:
+            elif isinstance(item, _Commit):
                 self._finish_step(item)
+            elif self._pipeline is not None:
+                self._pipeline.restart(self._order)
         except _FAILURES as error:
             self._fail(error)
             if isinstance(item, Update):
@@ -288,10 +299,9 @@ class Updater:
         self._on_error(error)
         self._settle()
 
-    def _drop(self, item: Update | _Commit) -> None:
-        if isinstance(item, _Commit):
-            return
-        self._give_up(item)
+    def _drop(self, item: Update | _Commit | _Turn) -> None:
+        if isinstance(item, Update):
+            self._give_up(item)
 
     def _give_up(self, update: Update) -> None:
         """Give back what an update still holds; the model's thread may wait for the slot."""

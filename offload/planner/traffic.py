@@ -118,7 +118,7 @@ def step_traffic(
         kept = sum(unit.host_nbytes for unit in trained.values())
     elif options.disk:
         commit, handed_over = optimizer + weights, 0
-        written = commit // options.save_steps
+        written = commit // options.save_steps if options.commit else 0
     else:
         handed_over = 0
     # Every visit behind the first that adds to a gradient brings the sum so far back to the device.

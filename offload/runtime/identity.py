@@ -43,6 +43,12 @@ def check_same_run(store: Store, options: RuntimeOptions, records: Mapping[str, 
         ConfigError: says what differs, and what the run was begun with.
     """
     wanted = _meaning(options, records)
+    if store.in_place == options.commit:
+        begun, meant = ("off", "False") if store.in_place else ("on", "True")
+        raise ConfigError(
+            f"run {store.run_id} was begun with commit: {begun}, and its records are laid out for that:"
+            f" resume with commit: {begun} (commit={meant})"
+        )
     # Formats first: another one makes records of other sizes, which would not say why.
     _check_same_formats(store, wanted)
     _check_same_records(store, records)

@@ -79,6 +79,10 @@ class RuntimeOptions:
             other half computes meanwhile.
         run_id: the run to create or resume; a new one when None.
         resume: open the newest committed generation of `run_id` instead of creating the run.
+        commit: False writes every record in place: half the room on the drives for what a step changes, and
+            a crash, a kill or a power cut loses the run. It is committed where the loop says so
+            (`Runtime.commit`, leaving the `with` block in order), whatever `save_steps` is, and a run that
+            ended there can be resumed. No snapshots, and no going back.
         save_steps: steps between commits. With everything on disk a commit costs milliseconds.
         io_engine: `uring`, `threads` or `portable`; None takes the first that works.
         queue_depth: I/O segments in flight on each drive, 1 to 4096. None takes what `offload bench`
@@ -116,6 +120,7 @@ class RuntimeOptions:
     optimizer: AdamWOptions = field(default_factory=AdamWOptions)
     run_id: str | None = None
     resume: bool = False
+    commit: bool = True
     save_steps: int = 1
     io_engine: EngineName | None = None
     queue_depth: int | None = None
@@ -151,8 +156,27 @@ class RuntimeOptions:
             raise ConfigError(f"rows must be positive or None, got {self.rows}")
         if self.loss_chunk_nbytes is not None and self.loss_chunk_nbytes <= 0:
             raise ConfigError(f"loss_chunk_nbytes must be positive or None, got {self.loss_chunk_nbytes}")
+        self._check_commit()
         self._check_gradients()
         self._check_chunks()
+
+    def _check_commit(self) -> None:
+        if type(self.commit) is not bool:
+            raise ConfigError(f"commit must be True or False, got {self.commit!r:.40}")
+        if self.commit:
+            return
+        if not self.disk:
+            raise ConfigError("commit=False is for a run on drives, and none was given: set disk=[...]")
+        if self.on_non_finite == "rollback":
+            raise ConfigError(
+                "on_non_finite='rollback' goes back to a snapshot, which is copied from extents that no write"
+                " goes over; with commit=False there are none: leave commit at True, or skip"
+            )
+        if self.room_for_snapshot:
+            raise ConfigError(
+                "room_for_snapshot is for snapshots, which a run with commit=False cannot take: leave commit"
+                " at True"
+            )
 
     def _check_chunks(self) -> None:
         # Raises for a format that cannot be.
@@ -187,7 +211,7 @@ class RuntimeOptions:
         if self.on_non_finite != "stop" and not (self.parks or self.rolls_back):
             raise ConfigError(
                 f"on_non_finite={self.on_non_finite!r} cannot undo updates that run during backward here: set"
-                " park_gradients, or give a disk and leave save_steps at 1"
+                " park_gradients, or give a disk and leave save_steps at 1 and commit at True"
             )
 
     @classmethod
@@ -236,7 +260,7 @@ class RuntimeOptions:
     @property
     def rolls_back(self) -> bool:
         """Whether the state before a step can be read again when some of its updates have run."""
-        return bool(self.disk) and self.save_steps == 1
+        return bool(self.disk) and self.commit and self.save_steps == 1
 
     @property
     def sums_wide(self) -> bool:

@@ -86,8 +86,16 @@ class Runtime:
 
     @property
     def committed_step(self) -> int:
-        """The step a crash now would resume at."""
+        """The step of the last commit, which a crash now would resume at if `is_resumable`."""
         return self._parts.progress.committed_step
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a crash now would leave a run that goes on from `committed_step`.
+
+        It would not without a disk, nor with `commit=False` once a step has gone over what was committed.
+        """
+        return self._parts.store is not None and not self._parts.store.in_use
 
     @property
     def generation(self) -> int:
@@ -156,7 +164,7 @@ class Runtime:
         return torch.tensor(self._step.clip(max_norm))
 
     def step(self, state: Mapping[str, Any] | None = None) -> bool:
-        """End an optimizer step: clip, settle its updates and queue its commit.
+        """End an optimizer step: clip, settle its updates and queue its commit, unless `commit=False`.
 
         Args:
             state: JSON-able values to find again in `state` after a resume, such as the position in
@@ -191,8 +199,11 @@ class Runtime:
             "user": user,
             "rollbacks": self.rollbacks,
         }
-        if self.global_step % self._parts.options.save_steps == 0:
+        options = self._parts.options
+        if options.commit and self.global_step % options.save_steps == 0:
             self._commit()
+        else:
+            self._parts.updater.turn()
         return True
 
     def give_up_step(self, reason: str, state: Mapping[str, Any] | None = None) -> Rollback | None:
@@ -276,7 +287,7 @@ class Runtime:
         return Rollback(reason, number - 1, self.global_step, name)
 
     def snapshot(self, name: str, *, on_progress: Callable[[int, int], None] | None = None) -> SnapshotInfo:
-        """Keep what the last step left, beside the run on its drives, until `drop_snapshot`.
+        """Keep what the last step left, beside the run on its drives, until `drop_snapshot`; not in place.
 
         It takes half the room of the run again, reserved first, or none where the file system shares extents.
 
@@ -285,7 +296,7 @@ class Runtime:
             on_progress: called with bytes copied so far and in all.
 
         Raises:
-            StateError: in the middle of a step, no disk, or the name is taken.
+            StateError: in the middle of a step, no disk, `commit=False`, or the name is taken.
             DiskFullError: no room, with the bytes needed and free; nothing is left behind.
             CapacityError: too little memory to copy through, with the numbers.
             OffloadError: background work failed.
@@ -327,7 +338,7 @@ class Runtime:
         self._snapshots.drop(name)
 
     def commit(self) -> None:
-        """Queue a commit of the steps since the last one, whatever `save_steps` says.
+        """Queue a commit of the steps since the last one, whatever `save_steps` and `commit` say.
 
         `synchronize` waits for it. Leaving the `with` block in order, between two steps, does the same.
 
@@ -423,6 +434,11 @@ class Runtime:
         if parts.disk_gradients is not None:
             parts.disk_gradients.close()
         parts.activations.reset()
+        if parts.store is not None and parts.store.in_use:
+            _log.warning(
+                "run %s is lost: it is written in place (commit=False) and was closed without a commit",
+                parts.store.run_id,
+            )
         for closer in reversed(parts.closers):
             closer.close()
 

@@ -106,10 +106,15 @@ class Step:
             OffloadError: background work of this step or an earlier one failed.
         """
         if self._failure is not None:
+            store = self._parts.store
+            kept = (
+                f"nothing of it was committed: resume the run at step {self._parts.progress.committed_step}"
+            )
+            if store is not None and store.in_use:
+                kept = "the run is lost, since it is written in place (commit=False): begin it anew"
             raise StateError(
                 f"a unit of this step failed ({type(self._failure).__name__}: {self._failure}), so the step"
-                f" cannot be completed; nothing of it was committed: resume the run at step"
-                f" {self._parts.progress.committed_step}"
+                f" cannot be completed; {kept}"
             ) from self._failure
         self._parts.transfer.check()
 
@@ -356,7 +361,7 @@ class Step:
         if not parts.options.rolls_back:
             error = StateError(
                 "updates of this step have run during backward and cannot be undone: give a disk and leave"
-                " save_steps at 1, or set park_gradients"
+                " save_steps at 1 and commit at True, or set park_gradients"
             )
             self.abandon(error)
             raise error

@@ -6,6 +6,7 @@ removed again, so that a refusal leaves nothing behind.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ from .io_setting import choose_io_setting
 from .options import RuntimeOptions
 
 __all__ = ["open_scratch", "open_spill_scratch", "open_store"]
+
+_log = logging.getLogger("offload")
 
 
 def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> Store | None:
@@ -48,18 +51,25 @@ def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> Store | None:
         assert options.run_id is not None
         store = own(Store.open(options.disk, engine=engine, run_id=options.run_id))
         check_same_run(store, options, blueprint.records)
-        return store
-    store = own(
-        Store.create(
-            options.disk,
-            store_records(blueprint.records),
-            engine=engine,
-            run_id=options.run_id,
-            chunk_nbytes=options.chunk_nbytes or options.record_format.store_chunk_nbytes,
-            identity=run_identity(blueprint.model, options, blueprint.records),
-            room_for_snapshot=options.room_for_snapshot,
+    else:
+        store = own(
+            Store.create(
+                options.disk,
+                store_records(blueprint.records),
+                engine=engine,
+                run_id=options.run_id,
+                chunk_nbytes=options.chunk_nbytes or options.record_format.store_chunk_nbytes,
+                identity=run_identity(blueprint.model, options, blueprint.records),
+                room_for_snapshot=options.room_for_snapshot,
+                in_place=not options.commit,
+            )
         )
-    )
+    if store.in_place:
+        _log.warning(
+            "commit is off: run %s is written in place, and a crash, a kill or a power cut loses it; it can"
+            " be resumed only where it ends in order",
+            store.run_id,
+        )
     return store
 
 

@@ -1,5 +1,12 @@
 """The way from writes that have ended to a committed generation: its manifest, and the order of syncs.
 
+[Note: in place] A run that is created `in_place` has one extent for a record in place of two: half the room
+for all that changes, and no way back. Before the first write over something committed, a manifest that says
+"in use" is published on every drive, and the ones before are removed; a commit publishes one that does not.
+Nobody opens a run whose newest manifest is in use (CorruptionError), because its records may be of several
+steps. So a process that ends between the two loses the run, which is then never taken for a whole one. What
+is written is checksummed and verified as ever.
+
 Owns nothing; the store calls it from the thread that commits, with no write in flight.
 """
 
@@ -18,7 +25,7 @@ from .format import encode_manifest
 from .records import Manifest
 from .table import Record, describe_ranges
 
-__all__ = ["made_durable", "next_manifest"]
+__all__ = ["made_durable", "mark_in_use", "next_manifest"]
 
 
 def next_manifest(
@@ -47,7 +54,18 @@ def next_manifest(
         parent=parent,
         records=tuple(record.next_entry() for record in records.values()),
         state=state,
+        in_use=False,
     )
+
+
+def mark_in_use(base: Manifest, parent: str) -> Manifest:
+    """Return the manifest that is durable before records of `base` are written over; [Note: in place].
+
+    Args:
+        base: the committed generation, of a run that is written in place.
+        parent: its checksum.
+    """
+    return replace(base, generation=base.generation + 1, parent=parent, in_use=True)
 
 
 @contextmanager

@@ -15,15 +15,17 @@ from uuid import UUID
 
 from ..aio.engine import Engine, File, OpenMode
 from ..errors import CorruptionError, StorageError
+from ..sizes import format_bytes
 from . import files, manifests
 from .owner import Owner
-from .records import Manifest, RecordSpec, stripes_of
-from .room import check_room, reserve
+from .records import Manifest, RecordSpec, extents_nbytes, stripes_of
+from .room import check_room, has_room, reserve
 from .rundir import DATA_NAME, RunDirectory
 from .snapshot_format import layout
 from .stripe import Deal
 
 __all__ = [
+    "LOST",
     "SNAPSHOT",
     "Drive",
     "close_drives",
@@ -35,6 +37,13 @@ __all__ = [
 
 # For the message about too little room.
 _WHAT, _CURE = "the run", "free some space, use another directory, or offload less"
+
+# What there is to say of a run that was in use, and no longer is.
+LOST = (
+    "run {run_id} was written in place (commit: off) and did not end in order: its drives hold parts of"
+    " several steps, so it can be neither resumed nor verified nor exported; remove it with 'offload clean'"
+    " and begin anew"
+)
 
 # Follows what needs the room, where a snapshot must fit beside it.
 SNAPSHOT = " and a snapshot of it (snapshot_steps)"
@@ -80,7 +89,7 @@ def create_drives(
     """
     # Three manifests: the last two and the one being written.
     needed = [nbytes + 3 * manifest_nbytes for nbytes in manifest.drive_nbytes]
-    what = _WHAT
+    what, cure = _WHAT, _CURE
     if room_for_snapshot:
         what += SNAPSHOT
         # Beside the records a description, which is like a manifest.
@@ -88,7 +97,9 @@ def create_drives(
             [entry.spec for entry in manifest.records], manifest.chunk_nbytes, manifest.deal
         )
         needed = [nbytes + length + manifest_nbytes for nbytes, length in zip(needed, lengths, strict=True)]
-    check_room(directories, needed, what=what, cure=_CURE)
+    elif not manifest.in_place:
+        cure = _cure_of_generations(directories, manifest, 3 * manifest_nbytes)
+    check_room(directories, needed, what=what, cure=cure)
     drives: list[Drive] = []
     folders: list[RunDirectory] = []
     try:
@@ -128,7 +139,8 @@ def open_drives(
     Raises:
         LockedError: a live process uses it.
         StorageError: a drive is missing (named), a folder is not ours, or the format is too new.
-        CorruptionError: no valid manifest, or a data file that is not as long as it was made.
+        CorruptionError: no valid manifest, a data file that is not as long as it was made, or a run that was
+            written in place by a process that did not end in order.
     """
     with ExitStack() as undo:
         found = []
@@ -138,6 +150,8 @@ def open_drives(
             found[-1].acquire(shared=read_only)
         folders = _in_order(found, read_owners(found))
         recovered = manifests.find_newest(folders)
+        if recovered.manifest.in_use:
+            raise CorruptionError(LOST.format(run_id=run_id), path=folders[0].path)
         drives = []
         if len(recovered.manifest.drive_nbytes) != len(folders):
             raise CorruptionError(
@@ -210,6 +224,19 @@ def _in_order(folders: Sequence[RunDirectory], owners: Sequence[Owner]) -> list[
     if len(by_drive) != len(expected):
         raise StorageError(f"the folders given do not belong to one run of {len(expected)} drives")
     return [by_drive[drive] for drive in range(len(expected))]
+
+
+def _cure_of_generations(directories: Sequence[str], manifest: Manifest, beside_nbytes: int) -> str:
+    """Return what helps where two generations find no room: one, if that does."""
+    specs = [entry.spec for entry in manifest.records]
+    stripes = stripes_of(specs, manifest.chunk_nbytes, manifest.deal)
+    lengths = extents_nbytes(specs, stripes, len(directories), in_place=True)
+    if not has_room(directories, [nbytes + beside_nbytes for nbytes in lengths]):
+        return _CURE
+    return (
+        f"{_CURE}; or set commit: off, which takes {format_bytes(sum(lengths))} in place of"
+        f" {format_bytes(sum(manifest.drive_nbytes))} on all drives, and loses the run in a crash"
+    )
 
 
 def _check_data_file(drive: Drive, nbytes: int) -> None:

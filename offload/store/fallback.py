@@ -70,7 +70,7 @@ def fall_back(
         newest = recovered.manifest
         older = manifests.find_newest(folders, below=newest.generation)
         source = Generation(drives, older, engine=engine)
-        if not source.number:
+        if not source.number or newest.in_place:
             raise CorruptionError(
                 f"run {run_id} has no committed generation before {newest.generation} to go back to",
                 path=folders[0].path,

@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 _KIND = "offload-manifest"
+# What the key `in_place` says of a run whose records are written over; other runs do not have it.
+_CLEAN, _IN_USE = "clean", "in use"
 # Step, schedules and the random state of Python, numpy, torch and eight GPUs are about 100 KB of JSON.
 _STATE_NBYTES = 256 << 10
 
@@ -62,6 +64,8 @@ def encode_manifest(manifest: Manifest) -> tuple[bytes, str]:
         "run_id": str(manifest.run_id),
         "state": dict(manifest.state),
     }
+    if manifest.in_place:
+        body["in_place"] = _IN_USE if manifest.in_use else _CLEAN
     data, checksum = frame(_KIND, body)
     if len(data) > MAX_MANIFEST_NBYTES:
         raise ValueError(
@@ -129,6 +133,7 @@ class _Decoder(Fields):
         order = self.items(body, "deal", 1, MAX_DEAL)
         deal = Deal(self.numbers(order, "deal", len(order), len(drives) - 1), len(drives))
         chunk_nbytes = self.number(body, "chunk_nbytes", ALIGNMENT_NBYTES, MAX_CHUNK_NBYTES, ALIGNMENT_NBYTES)
+        in_place, in_use = self.in_place(body, generation)
         tables = self.items(body, "records", 0, MAX_RECORDS)
         specs = [self.spec(table) for table in tables]
         try:
@@ -136,7 +141,7 @@ class _Decoder(Fields):
         except ValueError as error:
             self.refuse(str(error))
         records = tuple(
-            self.entry(table, spec, stripe, generation, drive_nbytes)
+            self.entry(table, spec, stripe, generation, drive_nbytes, num_extents(spec, in_place=in_place))
             for table, spec, stripe in zip(tables, specs, stripes, strict=True)
         )
         self.check_overlaps(records, stripes, drive_nbytes)
@@ -150,7 +155,18 @@ class _Decoder(Fields):
             records=records,
             state=self.value(body, "state", cast("type[dict[str, Any]]", dict)),
             identity=self.value(body, "identity", cast("type[dict[str, Any]]", dict)),
+            in_place=in_place,
+            in_use=in_use,
         )
+
+    def in_place(self, body: dict[str, Any], generation: int) -> tuple[bool, bool]:
+        """Return whether the run is written in place, and whether it is in use."""
+        if "in_place" not in body:
+            return False, False
+        said = self.value(body, "in_place", str)
+        if said not in (_CLEAN, _IN_USE) or (said == _IN_USE and generation == 0):
+            self.refuse(f"'in_place' is {said[:16]!r} in generation {generation}")
+        return True, said == _IN_USE
 
     def parent(self, body: dict[str, Any], generation: int) -> str | None:
         if generation == 0 and body.get("parent") is None:
@@ -168,9 +184,15 @@ class _Decoder(Fields):
             self.refuse(str(error))
 
     def entry(
-        self, table: Any, spec: RecordSpec, stripe: Stripe, generation: int, drive_nbytes: tuple[int, ...]
+        self,
+        table: Any,
+        spec: RecordSpec,
+        stripe: Stripe,
+        generation: int,
+        drive_nbytes: tuple[int, ...],
+        num_extents: int,
     ) -> RecordEntry:
-        offsets = self.items(table, "offsets", num_extents(spec), num_extents(spec))
+        offsets = self.items(table, "offsets", num_extents, num_extents)
         written = self.number(table, "generation", 0, generation)
         return RecordEntry(
             spec=spec,
@@ -178,7 +200,7 @@ class _Decoder(Fields):
                 self.numbers(extent, "offsets", len(drive_nbytes), MAX_NBYTES, ALIGNMENT_NBYTES)
                 for extent in offsets
             ),
-            extent=self.number(table, "extent", 0, num_extents(spec) - 1),
+            extent=self.number(table, "extent", 0, num_extents - 1),
             generation=written,
             checksums=self.checksums(table, stripe.num_chunks if written else 0),
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 from uuid import UUID
@@ -20,10 +21,10 @@ from uuid import UUID
 from ..aio import crc32c
 from ..errors import CorruptionError, StorageError
 
-__all__ = ["FORMAT_MAJOR", "FORMAT_MINOR", "canonical_json", "chunk_seed", "frame", "unframe"]
+__all__ = ["FORMAT_MAJOR", "FORMAT_MINOR", "canonical_json", "chunk_seed", "frame", "json_copy", "unframe"]
 
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 0
+FORMAT_MINOR = 1
 
 # The longest first line is under 80 bytes; more is not ours.
 _MAX_LINE = 128
@@ -60,6 +61,12 @@ def canonical_json(value: Any, what: str) -> str:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} cannot be stored as JSON: {error}") from error
+
+
+def json_copy(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return a copy of `value` that equals what a file with it reads back; errors as of `canonical_json`."""
+    copy: dict[str, Any] = json.loads(canonical_json(dict(value), what))
+    return copy
 
 
 def frame(kind: str, body: dict[str, Any]) -> tuple[bytes, str]:

@@ -20,17 +20,22 @@ class Poison:
     Attributes:
         cause: the error it began with.
         permanent: whether a rollback does not help: a commit failed, and not a write.
+        in_place: whether what was committed has been written over, so that nothing is left to go back to.
     """
 
     cause: BaseException
     permanent: bool = False
+    in_place: bool = False
 
     def error(self, generation: int, what: str) -> OffloadError:
         """Return the error for one who wants the generation after the committed `generation` to `what`."""
         failed, cure = (
             ("commit", "close the run and open it again") if self.permanent else ("write", "roll back")
         )
-        text = f"generation {generation + 1} cannot {what}; generation {generation} is intact: {cure}"
+        kept = f"generation {generation} is intact: {cure}"
+        if self.in_place:
+            kept = "what was committed was written over (commit: off): the run is lost if it cannot be opened"
+        text = f"generation {generation + 1} cannot {what}; {kept}"
         return because_of(self.cause, text, failed=failed)
 
 

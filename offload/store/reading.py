@@ -138,7 +138,8 @@ class RunReader:
         self.newest = Generation(self._drives, recovered, engine=engine)
         self.older: Generation | None = None
         notes = list(recovered.notes)
-        if self.newest.number:
+        # Of a run that is written in place there is one: what came before was written over.
+        if self.newest.number and not recovered.manifest.in_place:
             # None of an earlier generation is readable: there is only one then.
             with suppress(CorruptionError):
                 older = manifests.find_newest(folders, below=self.newest.number)
@@ -158,7 +159,8 @@ class RunReader:
         Raises:
             LockedError: a live process writes to it; names its pid.
             StorageError: a drive is missing (named), a folder is not ours, or the format is too new.
-            CorruptionError: no valid manifest, or a data file cut short.
+            CorruptionError: no valid manifest, a data file cut short, or a run that was written in place
+                (`Store.create`) by a process that did not end in order.
         """
         paths = [os.path.abspath(directory) for directory in directories]
         if not paths:

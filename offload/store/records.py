@@ -26,6 +26,7 @@ __all__ = [
     "Manifest",
     "RecordEntry",
     "RecordSpec",
+    "extents_nbytes",
     "first_manifest",
     "num_extents",
     "stripes_of",
@@ -51,7 +52,7 @@ class RecordSpec:
         name: printable ASCII without spaces, at most 256 characters, unique in the run.
         nbytes: a positive multiple of 4096.
         mutable: False for bytes that are written once in a run (a frozen base model): one extent
-            instead of two.
+            instead of two, also where the run is not written in place.
     """
 
     name: str
@@ -102,6 +103,9 @@ class Manifest:
         records: the table of records.
         state: what the caller committed with the generation.
         identity: what the caller said the run is, when it was created.
+        in_place: whether records have one extent each, which is written over.
+        in_use: whether that may have happened since: what is committed is then there only if the process
+            that began it ends in order. Never without `in_place`.
     """
 
     run_id: UUID
@@ -113,11 +117,26 @@ class Manifest:
     records: tuple[RecordEntry, ...]
     state: Mapping[str, Any]
     identity: Mapping[str, Any]
+    in_place: bool = False
+    in_use: bool = False
 
 
-def num_extents(spec: RecordSpec) -> int:
-    """Return how many extents a record has: two when it is mutable."""
-    return 2 if spec.mutable else 1
+def num_extents(spec: RecordSpec, *, in_place: bool) -> int:
+    """Return how many extents a record has: two when it is mutable and not written in place."""
+    return 2 if spec.mutable and not in_place else 1
+
+
+def extents_nbytes(
+    specs: Sequence[RecordSpec], stripes: Sequence[Stripe], num_drives: int, *, in_place: bool
+) -> tuple[int, ...]:
+    """Return how long each drive's data file is: all extents of all records."""
+    return tuple(
+        sum(
+            num_extents(spec, in_place=in_place) * stripe.drive_nbytes(drive)
+            for spec, stripe in zip(specs, stripes, strict=True)
+        )
+        for drive in range(num_drives)
+    )
 
 
 def stripes_of(specs: Sequence[RecordSpec], chunk_nbytes: int, deal: Deal) -> list[Stripe]:
@@ -151,6 +170,7 @@ def first_manifest(
     chunk_nbytes: int,
     weights: Sequence[float] | None,
     identity: Mapping[str, Any],
+    in_place: bool,
 ) -> Manifest:
     """Lay a new run out: generation 0, in which no record was written.
 
@@ -163,23 +183,18 @@ def first_manifest(
         raise ValueError(f"{len(weights)} weights for {num_drives} directories; give one for each")
     deal = deal_by_weight(weights if weights is not None else [1.0] * num_drives)
     stripes = stripes_of(specs, chunk_nbytes, deal)
-    offsets = pack_extents(stripes, [num_extents(spec) for spec in specs])
+    offsets = pack_extents(stripes, [num_extents(spec, in_place=in_place) for spec in specs])
     return Manifest(
         run_id=run_id,
         generation=0,
         parent=None,
         chunk_nbytes=chunk_nbytes,
         deal=deal,
-        drive_nbytes=tuple(
-            sum(
-                num_extents(spec) * stripe.drive_nbytes(drive)
-                for spec, stripe in zip(specs, stripes, strict=True)
-            )
-            for drive in range(num_drives)
-        ),
+        drive_nbytes=extents_nbytes(specs, stripes, num_drives, in_place=in_place),
         records=tuple(
             RecordEntry(spec, tuple(of_record)) for spec, of_record in zip(specs, offsets, strict=True)
         ),
         state={},
         identity=identity,
+        in_place=in_place,
     )

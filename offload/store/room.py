@@ -15,7 +15,7 @@ from ..errors import DiskFullError
 from ..sizes import format_bytes
 from . import files
 
-__all__ = ["check_room", "free_nbytes", "no_room", "reserve"]
+__all__ = ["check_room", "free_nbytes", "has_room", "no_room", "reserve"]
 
 
 def check_room(directories: Sequence[str], needed_nbytes: Sequence[int], *, what: str, cure: str) -> None:
@@ -31,16 +31,18 @@ def check_room(directories: Sequence[str], needed_nbytes: Sequence[int], *, what
         DiskFullError: no room, with the bytes needed and free.
         StorageError: a directory cannot be examined.
     """
-    devices: list[int] = []
-    needed: dict[int, int] = defaultdict(int)
-    for directory, nbytes in zip(directories, needed_nbytes, strict=True):
-        with files.storage_errors("use directory", directory):
-            devices.append(os.stat(directory).st_dev)
-        needed[devices[-1]] += nbytes
-    for directory, device in zip(directories, devices, strict=True):
-        free = free_nbytes(directory)
-        if needed[device] > free:
-            raise _full(directory, needed[device], free, what, cure)
+    for directory, needed, free in _rooms(directories, needed_nbytes):
+        if needed > free:
+            raise _full(directory, needed, free, what, cure)
+
+
+def has_room(directories: Sequence[str], needed_nbytes: Sequence[int]) -> bool:
+    """Return whether `check_room` would find enough.
+
+    Raises:
+        StorageError: a directory cannot be examined.
+    """
+    return all(needed <= free for _, needed, free in _rooms(directories, needed_nbytes))
 
 
 def reserve(file: File, directory: str, nbytes: int, *, what: str, cure: str) -> None:
@@ -66,6 +68,20 @@ def free_nbytes(directory: str) -> int:
     with files.storage_errors("examine", directory):
         free = os.statvfs(directory)
     return free.f_bavail * free.f_frsize
+
+
+def _rooms(directories: Sequence[str], needed_nbytes: Sequence[int]) -> list[tuple[str, int, int]]:
+    """Return for each directory the bytes needed on its file system, by all of them, and those free there."""
+    devices: list[int] = []
+    needed: dict[int, int] = defaultdict(int)
+    for directory, nbytes in zip(directories, needed_nbytes, strict=True):
+        with files.storage_errors("use directory", directory):
+            devices.append(os.stat(directory).st_dev)
+        needed[devices[-1]] += nbytes
+    return [
+        (directory, needed[device], free_nbytes(directory))
+        for directory, device in zip(directories, devices, strict=True)
+    ]
 
 
 def _full(directory: str, needed: int, free: int, what: str, cure: str) -> DiskFullError:

@@ -38,6 +38,8 @@ class RunInfo:
         holder: pid of the process that writes to it, 0 where it is not known; None for nobody.
         committed_s: when the manifest was written, in seconds since 1970.
         notes: damaged manifests that were passed over, one line each.
+        is_lost: whether it is written in place and was not closed in order; then `state` is None. So is a run
+            that is in use at this moment.
         is_unfinished: whether a process ended while it made or removed the folder; it proves nothing,
             and nothing is lost with it.
     """
@@ -54,6 +56,7 @@ class RunInfo:
     holder: int | None = None
     committed_s: float | None = None
     notes: tuple[str, ...] = ()
+    is_lost: bool = False
     is_unfinished: bool = False
 
     @property
@@ -67,6 +70,7 @@ class RunState(enum.Enum):
 
     COMPLETE = "complete"  # it can be opened and goes on from its newest generation
     IN_USE = "in use"  # a process has it open
+    LOST = "lost"  # it was written in place, without commits, and did not end in order
     UNFINISHED = "unfinished"  # its creation or first import was interrupted: nothing was committed
     DAMAGED = "damaged"  # a manifest or a folder is not what was written
     DRIVE_MISSING = "drive missing"  # a part of it was not found
@@ -217,11 +221,13 @@ def _look(directory: str, run_id: UUID) -> RunInfo:
         owner.directories,
         manifest.generation,
         nbytes,
-        manifest.state,
+        # What was committed with it is there no more.
+        None if manifest.in_use else manifest.state,
         manifest.identity,
         holder,
         committed_s,
         recovered.notes,
+        manifest.in_use,
     )
 
 
@@ -241,6 +247,9 @@ def _state(folders: Sequence[RunInfo]) -> tuple[RunState, str]:
     for folder in folders:
         if folder.problem is not None:
             return RunState.UNFINISHED, folder.problem
+    # A commit may have come to this drive and not yet to another: the newest counts, as in a recovery.
+    if max(folders, key=lambda folder: folder.generation).is_lost:
+        return RunState.LOST, "it was written in place (commit: off) and did not end in order"
     drives = [folder.drive for folder in folders]
     for drive, folder in zip(drives[1:], folders[1:], strict=True):
         if drives.count(drive) > 1:

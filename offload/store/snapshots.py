@@ -129,6 +129,11 @@ class Snapshots:
     ) -> SnapshotInfo:
         """Copy the committed records; see `Store.snapshot`."""
         check_name(name)
+        if base.in_place:
+            raise StateError(
+                f"run {self._run_id} is written in place (commit: off) and has no snapshots: a snapshot is"
+                " copied from extents that no write goes over"
+            )
         if snapshot_files.is_there(self._folders, name):
             raise StateError(
                 f"run {self._run_id} has a snapshot {name!r} already: drop it, or use another name"

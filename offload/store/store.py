@@ -2,7 +2,8 @@
 
 Invariants:
 - A committed generation is never overwritten: the first write of a record after a commit goes to its
-  other extent, and the old one is free only when the next manifest is durable on every drive.
+  other extent, and the old one is free only when the next manifest is durable on every drive. Of a run in
+  place it is, and no opening takes it for one: see [Note: in place] in committing.py.
 - A manifest gets its final name only after every byte it describes was synced.
 - Every chunk is checksummed in the caller's buffer before it is written and verified when it is read.
 - All space is reserved before `create` returns.
@@ -18,8 +19,8 @@ The store does not own the engine, does not know what its records mean, and keep
 
 from __future__ import annotations
 
-import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -29,10 +30,10 @@ from ..aio.engine import Engine
 from ..errors import StateError
 from ..sizes import MIB
 from . import manifests
-from .committing import made_durable, next_manifest
+from .committing import made_durable, mark_in_use, next_manifest
 from .drives import Drive, close_drives, create_drives, open_drives, snapshot_nbytes
 from .format import encode_manifest, max_manifest_nbytes
-from .framing import canonical_json
+from .framing import json_copy
 from .poison import Poison
 from .records import RecordSpec, first_manifest, stripes_of
 from .scratch import Scratch
@@ -63,18 +64,18 @@ class Store:
     def __init__(self, drives: Sequence[Drive], recovered: manifests.Recovered, *, engine: Engine) -> None:
         self._drives = tuple(drives)
         self._engine = engine
-        self._base = recovered.manifest
+        base = self._base = recovered.manifest
         self._parent = recovered.checksum
         self._notes = recovered.notes
-        specs = [entry.spec for entry in self._base.records]
-        stripes = stripes_of(specs, self._base.chunk_nbytes, self._base.deal)
+        stripes = stripes_of([entry.spec for entry in base.records], base.chunk_nbytes, base.deal)
         self._records = {
-            entry.spec.name: Record.from_entry(self._base.run_id, index, entry, stripe)
-            for index, (entry, stripe) in enumerate(zip(self._base.records, stripes, strict=True))
+            entry.spec.name: Record.from_entry(base.run_id, index, entry, stripe)
+            for index, (entry, stripe) in enumerate(zip(base.records, stripes, strict=True))
         }
         self._transfers = Transfers(f"run {self.run_id}", self._drives, self._records, engine=engine)
-        self._snapshots = Snapshots(self._drives, self._records, engine=engine, run_id=self._base.run_id)
+        self._snapshots = Snapshots(self._drives, self._records, engine=engine, run_id=base.run_id)
         self._lock = self._transfers.lock
+        self._marking = threading.Lock()  # held while a run in place is marked as in use
         self._committing = False
         self._closed = False
         self._poison: Poison | None = None
@@ -91,6 +92,7 @@ class Store:
         weights: Sequence[float] | None = None,
         identity: Mapping[str, Any] = MappingProxyType({}),
         room_for_snapshot: bool = False,
+        in_place: bool = False,
     ) -> Self:
         """Create a run, reserve all its space, and open it; generation 0, no record written.
 
@@ -103,6 +105,7 @@ class Store:
             weights: each drive's bandwidth in any unit; equal when None.
             identity: JSON that says what the run is; kept in every manifest.
             room_for_snapshot: refuse when there is no room for a snapshot beside the run; none is reserved.
+            in_place: one extent for a record in place of two: half the room, and a crash loses the run.
 
         Raises:
             ValueError: arguments that no run can have; nothing was made.
@@ -115,7 +118,8 @@ class Store:
             num_drives=len(directories),
             chunk_nbytes=chunk_nbytes,
             weights=weights,
-            identity=_as_json(identity, "the identity"),
+            identity=json_copy(identity, "the identity"),
+            in_place=in_place,
         )
         data, checksum = encode_manifest(manifest)
         drives = create_drives(
@@ -141,7 +145,8 @@ class Store:
         Raises:
             LockedError: a live process uses it; names its pid.
             StorageError: a drive is missing (named), a folder is not ours, or the format is too new.
-            CorruptionError: no valid manifest, or a data file cut short.
+            CorruptionError: no valid manifest, a data file cut short, or a run that was written in place by
+                a process that did not end in order.
         """
         paths = [os.path.abspath(directory) for directory in directories]
         if not paths:
@@ -184,6 +189,16 @@ class Store:
     def nbytes_reserved(self) -> int:
         """Space taken on all drives together."""
         return sum(self._base.drive_nbytes)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether records are written over, and a crash loses the run."""
+        return self._base.in_place
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the committed generation is being written over, so that only a commit saves the run."""
+        return self._base.in_use
 
     @property
     def recovery_notes(self) -> tuple[str, ...]:
@@ -230,6 +245,7 @@ class Store:
             StorageError: a write or commit failed before; its kind and place, with its error as the cause.
             ValueError: a range or buffer that does not fit.
         """
+        self._mark_if_clean()
         return self._transfers.write(
             name, buffer, offset, nbytes, allow=self._allow_write, on_failure=self._write_failed
         )
@@ -246,14 +262,14 @@ class Store:
             The new generation's number.
 
         Raises:
-            StateError: a record is partly written (names it and the chunks),.
+            StateError: a record is partly written; names it and the chunks.
             DiskFullError: no room for the manifest. Nothing is lost: make room and commit again.
             StorageError: a write or commit failed before; or a sync or rename did: the last generation
                 stands, open the run again.
             ValueError: `state` is not JSON, or too long.
         """
-        state = _as_json(state, "the state")
-        with self._lock:
+        state = json_copy(state, "the state")
+        with self._marking, self._lock:
             self._check_writable()
             self._committing = True
             writes = [ticket for ticket in self._transfers.in_flight() if ticket.is_write]
@@ -277,9 +293,14 @@ class Store:
         """Forget everything written since the last commit; reads see the committed bytes again.
 
         Waits for the writes in flight. It lifts the poison of a failed write, not that of a failed sync.
+
+        Raises:
+            StateError: a commit is in progress, closed, or committed bytes were written over in place.
         """
         with self._lock:
             self._check_open()
+            if self.in_use:
+                raise StateError(f"run {self.run_id} is in place (commit: off): nothing to go back to")
             if self._committing:
                 raise StateError("a commit is in progress; roll back from the thread that commits")
             tickets = self._transfers.in_flight()
@@ -329,7 +350,7 @@ class Store:
 
         Raises:
             DiskFullError: no room, with the bytes needed and free; nothing is left behind.
-            StateError: the name is taken, a mutable record was never committed, or closed.
+            StateError: the name is taken, a mutable record was never committed, in place, or closed.
             CorruptionError: a committed chunk does not verify; nothing is left behind.
         """
         with self._lock:
@@ -360,10 +381,9 @@ class Store:
     ) -> int:
         """Commit a snapshot's records as a new generation; until then the last commit stands.
 
-        What was written since the last commit is forgotten; the snapshot stays.
+        What was written since the last commit is forgotten; the snapshot `name` stays.
 
         Args:
-            name: the snapshot.
             state: what to commit with it; the snapshot's own when None.
             buffer, progress: as in `snapshot`.
 
@@ -429,12 +449,32 @@ class Store:
         self.close()
 
     def _commit_failed(self, error: BaseException) -> None:
-        self._poison = Poison(error, permanent=True)
+        self._poison = Poison(error, permanent=True, in_place=self.in_use)
 
     def _write_failed(self, error: BaseException) -> None:
         # Without the lock: a ticket may report while the lock is held, and the first report is enough.
         if self._poison is None:
-            self._poison = Poison(error)
+            self._poison = Poison(error, permanent=self.in_use, in_place=self.in_use)
+
+    def _must_mark(self) -> bool:
+        """Whether a write may go over what is committed, and the drives do not say so yet."""
+        return self.in_place and not self.in_use and self.generation > 0
+
+    def _mark_if_clean(self) -> None:
+        """Say on every drive of a run in place, durably, that it is in use; see [Note: in place]."""
+        if not self._must_mark():
+            return
+        with self._marking:
+            with self._lock:
+                self._check_writable()
+                if not self._must_mark():  # another thread did
+                    return
+                manifest = mark_in_use(self._base, self._parent)
+            durable = made_durable(self._engine, self._drives, manifest, self._commit_failed)
+            with durable as checksum, self._lock:
+                self._base, self._parent = manifest, checksum
+        # No damage of the mark shall bring back what is written over.
+        manifests.prune([drive.folder for drive in self._drives], manifest.generation + 1)
 
     def _allow_read(self, record: Record, sources: Sequence[Source]) -> None:
         self._check_open()
@@ -443,6 +483,8 @@ class Store:
 
     def _allow_write(self) -> int:
         self._check_writable()
+        if self._must_mark():
+            raise StateError(f"run {self.run_id} was committed by another thread during this write")
         return self._base.generation + 1
 
     def _check_writable(self) -> None:
@@ -460,9 +502,3 @@ class Store:
     def _check_open(self) -> None:
         if self._closed:
             raise StateError(f"run {self.run_id} is closed")
-
-
-def _as_json(value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Return a copy of `value` that equals what a manifest of it reads back."""
-    copy: dict[str, Any] = json.loads(canonical_json(dict(value), what))
-    return copy

@@ -1,7 +1,8 @@
 """The live table of records: which extent holds which generation, and what is in flight on each.
 
 A *version* is one generation's bytes of a record in one extent. A record has at most two: the committed
-one and the one being built. Building never touches the committed one's extent.
+one and the one being built. Building never touches the committed one's extent, where the record has two;
+a record of one extent is built over what is committed, chunk by chunk.
 
 Thread rule: none of its own; every method is called under the store's lock, and none blocks.
 """
@@ -135,7 +136,7 @@ class Record:
                         f"record {self.spec.name} is immutable and was committed in generation "
                         f"{self.committed.generation}; create it with mutable=True to write it again"
                     )
-                extent = 1 - self.committed.extent
+                extent = (self.committed.extent + 1) % len(self.offsets)
             self.pending = Version.empty(extent, generation, self.stripe.num_chunks)
         return self.pending
 

@@ -89,6 +89,9 @@ class Transfers:
             earlier = span.record.claim(ticket)
         with submitting(ticket, earlier) as parts:
             with self.lock:
+                if len(span.record.offsets) == 1:
+                    # A write that was begun before and has ended by now: it went over the bytes seen above.
+                    sources = span.record.newest(span.first, span.end)
                 allow(span.record, sources)
             for version, first, end in sources:
                 transfers = span.transfers(version, first, end, verify=True)

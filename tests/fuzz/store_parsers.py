@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -46,6 +47,15 @@ def _body(data: bytes) -> bytes:
 
 def _example_manifest() -> Manifest:
     return decode_manifest(_example(KINDS[0]), "example")[0]
+
+
+def _manifest_in_place() -> bytes:
+    """Return what the example is with one extent for each record, while it is written over."""
+    example = _example_manifest()
+    records = tuple(
+        replace(entry, offsets=(entry.offsets[entry.extent],), extent=0) for entry in example.records
+    )
+    return encode_manifest(replace(example, records=records, in_place=True, in_use=True))[0]
 
 
 def _owner() -> bytes:
@@ -109,7 +119,11 @@ HARNESSES = (
         parse=_parse_frame,
         seeds=lambda: [_example(KINDS[0]), _owner(), _example(KINDS[2])],
     ),
-    Harness(name="manifest", parse=_parse_manifest, seeds=lambda: [_body(_example(KINDS[0]))]),
+    Harness(
+        name="manifest",
+        parse=_parse_manifest,
+        seeds=lambda: [_body(_example(KINDS[0])), _body(_manifest_in_place())],
+    ),
     Harness(name="owner", parse=_parse_owner, seeds=lambda: [_body(_owner())]),
     Harness(name="snapshot", parse=_parse_snapshot, seeds=lambda: [_body(_example(KINDS[2]))]),
     Harness(

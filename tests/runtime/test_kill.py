@@ -341,3 +341,25 @@ def test_a_run_with_8bit_moments_killed_at_random_moments_ends_like_an_unbroken_
         assert run.attempt(kill_at=moment) == -signal.SIGKILL
     assert run.attempt() == 0
     assert run.result() == coded
+
+
+@pytest.mark.parametrize(
+    ("die", "stands"),
+    [
+        (("write", 2), False),
+        (("backward", 3), False),
+        (("before rename", 1), False),
+        (("after rename", 1), True),
+    ],
+)
+def test_a_killed_run_without_commits_is_refused_unless_its_end_was_committed(
+    trainer: Trainer, expected: Any, tmp_path: Path, die: tuple[str, int], stands: bool
+) -> None:
+    run = Run(trainer, tmp_path, settings={"commit": False})
+    assert run.attempt(die=die) == -signal.SIGKILL
+    (left,) = list_runs(tmp_path)
+    assert left.is_lost is not stands
+    # Refused before a step, or without one to do.
+    assert run.attempt() == (0 if stands else 1)
+    if stands:
+        assert (run.losses, run.result()[2]) == (expected[0], expected[2])

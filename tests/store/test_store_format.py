@@ -79,8 +79,8 @@ def test_the_documented_checksum_is_what_the_bytes_give():
 
 def test_decoding_the_example_gives_it_back():
     manifest, checksum = decode_manifest(EXAMPLE, "m")
-    assert checksum == "854c5354"
-    assert (manifest.generation, manifest.parent, manifest.state) == (2, "c7c2daa1", {"step": 2})
+    assert checksum == "32cec4a7"
+    assert (manifest.generation, manifest.parent, manifest.state) == (2, "bac30acb", {"step": 2})
     assert manifest.records[0] == RecordEntry(
         RecordSpec("layer.0/weights", 12288),
         ((0, 0), (8192, 4096)),
@@ -191,6 +191,9 @@ HOSTILE = {
     "a record is negative": (("records", 0, "nbytes"), -4096),
     "more chunks than allowed": (("records", 1, "nbytes"), 4096 * MAX_CHUNKS),
     "mutable is a number": (("records", 0, "mutable"), 1),
+    "in place with two extents": (("in_place",), "clean"),
+    "in place is true": (("in_place",), True),
+    "in place is another word": (("in_place",), "dirty"),
     "an extent too few": (("records", 0, "offsets"), [[0, 0]]),
     "an extent too many": (("records", 1, "offsets"), [[0, 0], [0, 0]]),
     "an offset for a drive is missing": (("records", 0, "offsets", 0), [0]),
@@ -300,8 +303,10 @@ def test_equal_values_have_equal_json(value):
     ),
     st.integers(1, 3),
     st.integers(1, 4),
+    st.booleans(),
+    st.booleans(),
 )
-def test_any_manifest_comes_back(records, num_drives, chunk_pages):
+def test_any_manifest_comes_back(records, num_drives, chunk_pages, in_place, in_use):
     specs = [RecordSpec(f"r{i}", 4096 * pages, mutable) for i, (pages, mutable, _, _) in enumerate(records)]
     first = first_manifest(
         UUID(RUN_ID),
@@ -310,18 +315,20 @@ def test_any_manifest_comes_back(records, num_drives, chunk_pages):
         chunk_nbytes=4096 * chunk_pages,
         weights=None,
         identity={"a": 1},
+        in_place=in_place,
     )
     entries = tuple(
         replace(
             entry,
             generation=generation,
             checksums=tuple(range(7, 7 + -(-pages // chunk_pages))),
-            extent=int(mutable),
+            extent=int(mutable and not in_place),
         )
         if written
         else entry
         for entry, (pages, mutable, written, generation) in zip(first.records, records, strict=True)
     )
     manifest = replace(first, generation=9, parent="0123abcd", records=entries, state={"s": [1]})
+    manifest = replace(manifest, in_use=in_place and in_use)
     assert decode_manifest(encode_manifest(manifest)[0], "m")[0] == manifest
     assert len(encode_manifest(manifest)[0]) <= max_manifest_nbytes(first, encode_manifest(first)[0])
