@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,9 +33,13 @@ __all__ = [
     "file_system_id",
     "load_machine",
     "save_machine",
+    "stripe_weights",
 ]
 
 FORMAT: Literal["offload-machine-1"] = "offload-machine-1"
+
+# Measurements of one drive differ by this much from day to day: drives that differ by less are dealt alike.
+_ALIKE = 1.1
 
 # The environment variable that names the file instead of the default place.
 MACHINE_VARIABLE = "OFFLOAD_MACHINE"
@@ -82,6 +87,11 @@ class DriveSpeed:
     mixed_bytes_per_s: float | None = None
     cpu_s_per_gb: float | None = None
     capacity_nbytes: int | None = None
+
+    @property
+    def rewrite_bytes_per_s(self) -> float:
+        """What it moves where as much is read as written: a step reads about what it writes."""
+        return 2 / (1 / self.read_bytes_per_s + 1 / self.write_bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +175,20 @@ class Machine:
         if len(wanted) > 1 and self.together is not None and wanted == known.keys():
             return self.together.setting
         return max((known[device] for device in wanted), key=lambda one: one.segment_nbytes * one.queue_depth)
+
+
+def stripe_weights(rates: Sequence[float]) -> tuple[float, ...]:
+    """Return the weights with which a run's bytes are dealt to drives of these speeds.
+
+    Args:
+        rates: `DriveSpeed.rewrite_bytes_per_s` of each; half of it for one of two directories on one drive.
+
+    Returns:
+        The rates themselves; all 1.0 where they differ by no more than measurements of one drive do.
+    """
+    if not rates or max(rates) <= _ALIKE * min(rates):
+        return (1.0,) * len(rates)
+    return tuple(rates)
 
 
 def default_machine_path() -> Path:

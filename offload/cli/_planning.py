@@ -224,6 +224,7 @@ _CHANGES: Mapping[str, Callable[[Question, str], Question]] = {
     "batch": lambda question, value: replace(question, batch=_positive(value, int)),
     "length": lambda question, value: replace(question, length=_positive(value, int)),
     "home": lambda question, value: replace(question, home=_choice(_HOMES, value)),
+    "commit": lambda question, value: replace(question, commit=_choice({"on": True, "off": False}, value)),
     "moments": lambda question, value: replace(
         question, moments=_choice({"float32": "float32", "8bit": "8bit"}, value)
     ),

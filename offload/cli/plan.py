@@ -139,6 +139,12 @@ def plan_command() -> Callable[..., None]:
                 metavar="INT", help="Steps between commits; else 1 from disk, 100.", rich_help_panel=RUN
             ),
         ] = None,
+        commit: Annotated[
+            str,
+            typer.Option(
+                metavar="on|off", help="off: half the room, and a crash loses the run.", rich_help_panel=RUN
+            ),
+        ] = "on",
         what_if: Annotated[
             str | None,
             typer.Option(
@@ -174,6 +180,7 @@ def plan_command() -> Callable[..., None]:
             "max-grad-norm": None if max_grad_norm is None else f"{max_grad_norm:g}",
             "gradient-dtype": gradient_dtype,
             "save-steps": None if save_steps is None else str(save_steps),
+            "commit": commit,
         }
         # Before torch is imported, so that a typo is told at once.
         settings: dict[str, Any] = {
@@ -187,6 +194,7 @@ def plan_command() -> Callable[..., None]:
             "max_grad_norm": max_grad_norm,
             "gradient_dtype": _dtype("--gradient-dtype", gradient_dtype),
             "save_steps": _positive("--save-steps", save_steps),
+            "commit": _one_of("--commit", commit, ("on", "off")) == "on",
             "flops_per_s": None if tflops is None else _positive("--tflops", tflops) * 1e12,
             "tbw_nbytes": None if tbw is None else _size("--tbw", tbw),
         }
@@ -281,7 +289,7 @@ def _refusal(answer: Answer, name: str, given: dict[str, str | None]) -> str:
     from ._planning import commands_of
 
     # What stands at its default need not be typed.
-    defaults = {"batch": "16", "length": "1024", "moments": "float32", "dtype": "bfloat16"}
+    defaults = {"batch": "16", "length": "1024", "moments": "float32", "dtype": "bfloat16", "commit": "on"}
     typed = {key: value for key, value in given.items() if defaults.get(key) != value}
     return refusal_text(answer, commands_of(answer.suggestions, name, typed))
 

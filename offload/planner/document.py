@@ -32,6 +32,7 @@ def to_document(answer: Answer) -> dict[str, Any]:
             "length": question.length,
             "home": None if question.home is None else question.home.value,
             "moments": question.moments,
+            "commit": question.commit,
             "flops_per_s": question.speed,
         },
         "fits_without_offload": answer.fits_without,
@@ -86,6 +87,7 @@ def _plan(plan: TrainingPlan) -> dict[str, Any]:
             "device": plan.device_nbytes,
             "device_temporaries_estimate": plan.temporaries_nbytes,
             "each_drive": plan.drive_nbytes,
+            "drives": list(plan.drives_nbytes),
         },
         "memory": {
             "window": memory.window,

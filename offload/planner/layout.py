@@ -9,6 +9,7 @@ memory with that much fits; the second is kept off the device budget.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from ..runtime.memory import DEFAULT_ACTIVATIONS_NBYTES, memory_request
 from ..runtime.options import RuntimeOptions
 from ..sizes import MIB, align_down, align_up, format_bytes
 from ..specs import MomentDType, Tier
+from ..store.records import num_extents
 from ..tiers.gradient_homes import PartLayout
 from ..tiers.memory_plan import MemoryPlan
 from ..tiers.memory_planning import plan_memory, smallest_plan
@@ -28,7 +30,7 @@ from .inputs import saved_inputs
 from .model import ModelFacts
 from .plan import Lack, TrainingPlan
 from .question import Question
-from .times import link_times, step_seconds
+from .times import drive_shares, link_times, step_seconds
 from .traffic import step_traffic
 from .work import step_flops, temporaries_nbytes
 
@@ -137,6 +139,7 @@ def _options(question: Question, choice: Choice) -> RuntimeOptions:
         max_grad_norm=question.max_grad_norm,
         gradient_dtype=question.gradient_dtype,
         save_steps=question.save_steps or apart,
+        commit=question.commit,
     )
 
 
@@ -177,7 +180,7 @@ def _finish(setup: _Setup, options: RuntimeOptions, memory: MemoryPlan) -> Train
     written = traffic.disk_written_nbytes
     steps = None
     if question.tbw_nbytes is not None and written:
-        steps = len(question.machine.drives) * question.tbw_nbytes / written
+        steps = question.tbw_nbytes / (written * max(drive_shares(question.machine)))
     return TrainingPlan(
         # The runtime gets what is left beside the temporaries, and so lays out the same memory.
         options=replace(options, device_memory=setup.arena_limit_nbytes + setup.staging_nbytes),
@@ -197,7 +200,7 @@ def _finish(setup: _Setup, options: RuntimeOptions, memory: MemoryPlan) -> Train
         + setup.staging_nbytes
         + setup.temporaries_nbytes,
         temporaries_nbytes=setup.temporaries_nbytes,
-        drive_nbytes=_drive_nbytes(setup, memory),
+        drives_nbytes=_drives_nbytes(setup, memory),
         step_written_nbytes=written,
         steps_to_tbw=steps,
         notes=_notes(setup, options),
@@ -251,27 +254,35 @@ def _lack_of_memory(setup: _Setup) -> Lack | None:
 
 
 def _lack_of_room(setup: _Setup, memory: MemoryPlan | None) -> Lack | None:
-    known = [nbytes for nbytes in setup.question.room_nbytes if nbytes is not None]
-    needed = _drive_nbytes(setup, memory)
-    if not known or not setup.options.disk or needed <= min(known):
+    rooms = setup.question.room_nbytes
+    lacking = [
+        (needed, room)
+        for needed, room in zip(_drives_nbytes(setup, memory), rooms, strict=False)
+        if room is not None and needed > room
+    ]
+    if not lacking:
         return None
+    needed, limit = max(lacking, key=lambda pair: pair[0] - pair[1])
     kept = "every mutable record twice, so that a commit never overwrites the one before"
+    if not setup.options.commit:
+        kept = "every record once, since commit is off"
     if memory is not None and (room := setup.saved.disk_room_nbytes(memory.activations_nbytes)):
         kept += f"; {format_bytes(room)} for saved inputs that host memory does not hold"
-    return Lack(Tier.DISK, needed, min(known), kept)
+    return Lack(Tier.DISK, needed, limit, kept)
 
 
-def _drive_nbytes(setup: _Setup, memory: MemoryPlan | None) -> int:
+def _drives_nbytes(setup: _Setup, memory: MemoryPlan | None) -> tuple[int, ...]:
     """Return what the state takes on each drive, and what `memory` sends there; without the manifests."""
     if not setup.options.disk:
-        return 0
-    nbytes = sum(spec.nbytes * (2 if spec.mutable else 1) for spec in store_records(setup.records))
+        return ()
+    in_place = not setup.options.commit
+    nbytes = sum(spec.nbytes * num_extents(spec, in_place=in_place) for spec in store_records(setup.records))
     if memory is not None:
         layout = PartLayout(setup.options.chunk_numel, setup.options.torch_gradient_dtype.itemsize)
         numel = {owner: setup.records[owner].layout.trainable_numel for owner in memory.parked_on_disk}
         nbytes += sum(layout.record_nbytes(count) for count in numel.values())
         nbytes += setup.saved.disk_room_nbytes(memory.activations_nbytes)
-    return -(-nbytes // len(setup.options.disk))
+    return tuple(math.ceil(nbytes * share) for share in drive_shares(setup.question.machine))
 
 
 def _host_reason(setup: _Setup) -> str:

@@ -15,7 +15,7 @@ from ..specs import Tier
 from .plan import Lack, TrainingPlan
 from .question import Question
 from .search import Answer, Outcome
-from .times import Link
+from .times import Link, drive_shares
 
 __all__ = ["answer_sections", "comparison_section", "explain_section", "refusal_text"]
 
@@ -146,14 +146,13 @@ def _plan_section(plan: TrainingPlan) -> Section:
 
 def _memory_section(question: Question, plan: TrainingPlan) -> Section:
     count = len(plan.options.disk)
-    room = [nbytes for nbytes in question.room_nbytes if nbytes is not None]
     saved, spilled = plan.traffic.saved_inputs_nbytes, plan.traffic.spilled_nbytes
     rows = [
         ("device", format_bytes(plan.device_nbytes), format_bytes(question.device_memory)),
         ("host", format_bytes(plan.host_nbytes), format_bytes(question.host_memory)),
     ]
     if count:
-        rows.append((f"{count} drive{'s' * (count > 1)}, each", format_bytes(plan.drive_nbytes), _room(room)))
+        rows += _drive_rows(question, plan)
     lines = [
         f"device: about {format_bytes(plan.temporaries_nbytes)} of it are torch's temporaries, an estimate;"
         f" host: {format_bytes(saved - spilled)} are saved inputs of units"
@@ -191,7 +190,8 @@ def _run_section(plan: TrainingPlan) -> Section:
         "per_device_train_batch_size": plan.rows,
         "gradient_accumulation_steps": plan.batch // plan.rows,
         "max_length": plan.length,
-        "save_steps": plan.options.save_steps,
+        "save_steps": plan.options.save_steps if plan.options.commit else None,
+        "commit": None if plan.options.commit else "off",
         "max_grad_norm": plan.options.max_grad_norm,
         "activations_nbytes": plan.options.activations_nbytes,
         "activations_disk_nbytes": plan.options.activations_disk_nbytes or None,
@@ -217,7 +217,9 @@ def _home_words(plan: TrainingPlan) -> str:
     words.append(f"{plan.rows} row{'s' * (plan.rows > 1)} at once")
     if memory.home is not Tier.DEVICE:
         words.append(f"window of {memory.window}")
-    if options.disk:
+    if not options.commit:
+        words.append("no commits: a crash loses the run")
+    elif options.disk:
         words.append(
             "a commit every step" if options.save_steps == 1 else f"a commit every {options.save_steps} steps"
         )
@@ -309,8 +311,27 @@ def _seconds(link: Link) -> str:
     return "not known" if link.seconds is None else format_time(link.seconds)
 
 
-def _room(room: Sequence[int]) -> str:
-    return format_bytes(min(room)) if room else "not known"
+def _drive_rows(question: Question, plan: TrainingPlan) -> list[tuple[str, str, str]]:
+    """Return one row for drives that share alike, else one for each."""
+    drives, rooms = question.machine.drives, question.room_nbytes
+    if len(set(plan.drives_nbytes)) == 1:
+        known = [room for room in rooms if room is not None]
+        name = f"{len(drives)} drive{'s' * (len(drives) > 1)}, each"
+        return [(name, format_bytes(plan.drive_nbytes), _room(min(known, default=None)))]
+    return [
+        (
+            f"{drive.path}, {share:.0%}",
+            format_bytes(nbytes),
+            _room(rooms[index] if index < len(rooms) else None),
+        )
+        for index, (drive, share, nbytes) in enumerate(
+            zip(drives, drive_shares(question.machine), plan.drives_nbytes, strict=True)
+        )
+    ]
+
+
+def _room(nbytes: int | None) -> str:
+    return "not known" if nbytes is None else format_bytes(nbytes)
 
 
 def _yaml_size(nbytes: int) -> str | int:

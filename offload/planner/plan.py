@@ -35,7 +35,7 @@ class TrainingPlan:
         host_nbytes: the most host memory under lease, saved inputs as large as the batch needs.
         device_nbytes: the most device memory: the runtime's, and an estimate of torch's temporaries.
         temporaries_nbytes: of `device_nbytes`, the estimate.
-        drive_nbytes: that the state takes on each drive.
+        drives_nbytes: that the state takes on each drive, in the machine's order.
         step_written_nbytes: written to all drives by one step.
         steps_to_tbw: steps until every drive has taken what it is rated for; None when not asked, or never.
         notes: what to know about the figures.
@@ -53,7 +53,7 @@ class TrainingPlan:
     host_nbytes: int
     device_nbytes: int
     temporaries_nbytes: int
-    drive_nbytes: int
+    drives_nbytes: tuple[int, ...]
     step_written_nbytes: int
     steps_to_tbw: float | None
     notes: tuple[str, ...] = ()
@@ -62,6 +62,11 @@ class TrainingPlan:
     def tokens_per_s(self) -> float:
         """Tokens learned from in a second."""
         return self.batch * self.length / self.step_s
+
+    @property
+    def drive_nbytes(self) -> int:
+        """Bytes that the state takes on the drive with the largest share of it; 0 without drives."""
+        return max(self.drives_nbytes, default=0)
 
     @property
     def rows(self) -> int:
@@ -88,6 +93,7 @@ class TrainingPlan:
             "max_grad_norm": options.max_grad_norm,
             "gradient_dtype": options.gradient_dtype,
             "activations_nbytes": options.activations_nbytes,
+            "commit": None if options.commit else False,
         }
         return chosen | {key: value for key, value in optional.items() if value is not None}
 

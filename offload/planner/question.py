@@ -40,6 +40,7 @@ class Question:
         max_grad_norm: None does not clip, so gradients need not be parked.
         gradient_dtype: of parked gradients.
         save_steps: between commits; None for 1 from the disk, else 100, as in `offload finetune`.
+        commit: False keeps mutable records once on the drives, and a crash loses the run.
         flops_per_s: that the device sustains; None takes the machine's.
         tbw_nbytes: bytes that a drive is rated to take in its life; None says nothing of wear.
         room_nbytes: free on each drive, in the machine's order; None where nobody knows.
@@ -58,6 +59,7 @@ class Question:
     max_grad_norm: float | None = None
     gradient_dtype: ComputeDType | None = None
     save_steps: int | None = None
+    commit: bool = True
     flops_per_s: float | None = None
     tbw_nbytes: int | None = None
     room_nbytes: tuple[int | None, ...] = ()
@@ -74,6 +76,8 @@ class Question:
             raise ConfigError(
                 "home is the disk, and the machine has no drive: measure one with 'offload bench'"
             )
+        if not self.commit and not self.machine.drives:
+            raise ConfigError("commit: off is for a run on drives, and the machine has none")
         if self.machine.device is not None and self.device_memory > self.machine.device.memory_nbytes:
             raise ConfigError(
                 f"device_memory is {format_bytes(self.device_memory)} and {self.machine.device.name} has"

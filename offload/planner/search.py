@@ -174,7 +174,7 @@ def _suggest(question: Question, model: ModelFacts, outcomes: Sequence[Outcome])
     ]
     tried = [
         *_budgets(question, lacks),
-        *_choices(question),
+        *_choices(question, lacks),
         *_smaller_batches(question),
         *_machines(question, lacks),
     ]
@@ -219,7 +219,7 @@ def _budgets(question: Question, lacks: Sequence[Lack]) -> Iterator[_Change]:
             yield what, flags, changed
 
 
-def _choices(question: Question) -> Iterator[_Change]:
+def _choices(question: Question, lacks: Sequence[Lack]) -> Iterator[_Change]:
     if question.home is not None:
         for home in _homes(question.machine):
             if home is not question.home:
@@ -234,6 +234,9 @@ def _choices(question: Question) -> Iterator[_Change]:
         )
     if question.moments != "8bit":
         yield "moments in 8 bits", (("moments", "8bit"),), replace(question, moments="8bit")
+    if question.commit and any(lack.tier is Tier.DISK for lack in lacks):
+        what = "no commits: half the room on the drives, and a crash loses the run"
+        yield what, (("commit", "off"),), replace(question, commit=False)
 
 
 def _smaller_batches(question: Question) -> Iterator[_Change]:

@@ -1,7 +1,7 @@
 """How long each link is busy in a step, on a machine: bytes over bytes per second. Pure.
 
 The links work at the same time, so a step takes as long as the busiest of them. Reads and writes of a
-drive share it and add up. Host memory is counted at both ends of every copy: a copy of 1 GB measured at
+drive share it and add up; drives have their parts of all bytes in proportion to their speeds, as a run deals them. Host memory is counted at both ends of every copy: a copy of 1 GB measured at
 32 GB/s moves 2 GB, and the memory takes 64 GB/s.
 
 Nothing here is smoothed: a figure that a machine lacks makes a link of unknown time, never a guess.
@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..machine import Machine
+from ..machine import Machine, stripe_weights
+from ..store.stripe import deal_by_weight
 from .traffic import Traffic
 
-__all__ = ["Link", "drive_rates", "link_times", "step_seconds"]
+__all__ = ["Link", "drive_rates", "drive_shares", "link_times", "step_seconds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +40,32 @@ class Link:
     part_of: str | None = None
 
 
-def drive_rates(machine: Machine) -> tuple[float, float] | None:
+def drive_shares(machine: Machine) -> tuple[float, ...]:
+    """Return each drive's part of a run's bytes, as `offload.attach` deals them."""
+    if not machine.drives:
+        return ()
+    deal = deal_by_weight(stripe_weights([drive.rewrite_bytes_per_s for drive in machine.drives]))
+    return tuple(deal.share(index) for index in range(len(machine.drives)))
+
+
+def drive_rates(machine: Machine, read_nbytes: int, written_nbytes: int) -> tuple[float, float] | None:
     """Return what all drives read and write together in bytes per second; None without a drive.
 
-    A run deals its chunks evenly, so the slowest drive sets the pace; what was measured of all at once is a
-    limit as well.
+    The drive that takes longest for its part sets the pace; what was measured of all at once is a limit as
+    well.
+
+    Args:
+        machine: its drives.
+        read_nbytes, written_nbytes: that a step moves, on all of them together.
     """
     if not machine.drives:
         return None
-    count = len(machine.drives)
-    read = count * min(drive.read_bytes_per_s for drive in machine.drives)
-    write = count * min(drive.write_bytes_per_s for drive in machine.drives)
-    if machine.together is not None and count > 1:
+    parts = [
+        (drive.read_bytes_per_s / share, drive.write_bytes_per_s / share)
+        for drive, share in zip(machine.drives, drive_shares(machine), strict=True)
+    ]
+    read, write = max(parts, key=lambda rates: read_nbytes / rates[0] + written_nbytes / rates[1])
+    if machine.together is not None and len(machine.drives) > 1:
         read = min(read, machine.together.read_bytes_per_s)
         write = min(write, machine.together.write_bytes_per_s)
     return read, write
@@ -115,7 +130,7 @@ def _device_rates(machine: Machine) -> tuple[float | None, float | None, float |
 
 
 def _disk(machine: Machine, traffic: Traffic) -> tuple[Link, Link, Link]:
-    rates = drive_rates(machine)
+    rates = drive_rates(machine, traffic.disk_read_nbytes, traffic.disk_written_nbytes)
     read_rate, write_rate = rates if rates is not None else (None, None)
     read = _simple("disk read", "R / r", traffic.disk_read_nbytes, read_rate, part_of="disk")
     write = _simple("disk write", "W / w", traffic.disk_written_nbytes, write_rate, part_of="disk")

@@ -56,6 +56,10 @@ class Deal:
         """Return the drive of global chunk `chunk`."""
         return self.order[chunk % len(self.order)]
 
+    def share(self, drive: int) -> float:
+        """Return the part of all chunks that lie on `drive`, from 0 to 1."""
+        return self._ranks[drive][-1] / len(self.order)
+
     def count(self, drive: int, chunk: int) -> int:
         """Return how many of the global chunks below `chunk` lie on `drive`."""
         cycles, rest = divmod(chunk, len(self.order))
