@@ -1,8 +1,9 @@
 """How long each link is busy in a step, on a machine: bytes over bytes per second. Pure.
 
 The links work at the same time, so a step takes as long as the busiest of them. Reads and writes of a
-drive share it and add up; drives have their parts of all bytes in proportion to their speeds, as a run deals them. Host memory is counted at both ends of every copy: a copy of 1 GB measured at
-32 GB/s moves 2 GB, and the memory takes 64 GB/s.
+drive share it and add up; each drive has a part of all bytes in proportion to its speed, as a run deals them.
+Host memory is counted at both ends of every copy: a copy of 1 GB measured at 32 GB/s moves 2 GB, and the
+memory takes 64 GB/s.
 
 Nothing here is smoothed: a figure that a machine lacks makes a link of unknown time, never a guess.
 """

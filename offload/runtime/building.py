@@ -9,7 +9,7 @@ Thread rule: one thread; the parts that have threads of their own start them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from ..buffers import Arena, Budget, Pool
 from ..device import Device, DeviceArena
+from ..machine import DriveSpeed
 from ..optim.arrivals import Arrivals
 from ..optim.gradient_parts import GradientParts
 from ..optim.updater import Updater
@@ -104,6 +105,7 @@ def build_parts(
             residents=base.residents,
         ),
         store=store,
+        drive_speeds=base.drive_speeds,
         residents=base.residents,
         host_budget=base.host_budget,
         device_budget=device.budget,
@@ -123,6 +125,7 @@ class _Base:
     plan: MemoryPlan
     trace: Tracer
     store: Store | None
+    drive_speeds: Mapping[str, DriveSpeed]
     scratch: Scratch | None
     host_budget: Budget
     host: Arena
@@ -145,7 +148,7 @@ class _Base:
 def _lay_base(
     blueprint: Blueprint, device: Device, plan: MemoryPlan, trace: Tracer, own: Callable[[Any], Any]
 ) -> _Base:
-    store = open_store(blueprint, own)
+    store, drive_speeds = open_store(blueprint, own)
     scratch = open_scratch(blueprint, plan, store, own)
     spill_scratch = open_spill_scratch(blueprint.options, store, own)
     host_budget = Budget(Tier.HOST, blueprint.options.host_memory)
@@ -159,6 +162,7 @@ def _lay_base(
         plan=plan,
         trace=trace,
         store=store,
+        drive_speeds=drive_speeds,
         scratch=scratch,
         host_budget=host_budget,
         host=host,

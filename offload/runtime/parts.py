@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..buffers import Budget
+from ..machine import DriveSpeed
 from ..optim.arrivals import Arrivals
 from ..optim.updater import Updater
 from ..store import Store
@@ -62,6 +63,7 @@ class Parts:
     disk_gradients: DiskGradients | None
     masters: Masters
     store: Store | None
+    drive_speeds: Mapping[str, DriveSpeed]
     residents: ResidentRecords | None
     host_budget: Budget
     device_budget: Budget

@@ -386,14 +386,14 @@ class Runtime:
 
     def stats(self) -> RuntimeStats:
         """Return totals since the start or `reset_stats`."""
-        return RuntimeStats.collect(
-            self._steps_counted, self.trace, self._parts.host_budget, self._parts.device_budget
-        )
+        return RuntimeStats.collect(self._steps_counted, self._parts)
 
     def reset_stats(self) -> None:
         """Start the totals over."""
         self._steps_counted = 0
         self.trace.reset()
+        for meter in () if self._parts.store is None else self._parts.store.meters:
+            meter.reset()
 
     def detach(self) -> torch.nn.Module:
         """Bring all values back into the model's parameters, in memory, and close the runtime."""
@@ -434,6 +434,8 @@ class Runtime:
         if parts.disk_gradients is not None:
             parts.disk_gradients.close()
         parts.activations.reset()
+        for sentence in self.stats().slow_drives:
+            _log.warning("%s", sentence)
         if parts.store is not None and parts.store.in_use:
             _log.warning(
                 "run %s is lost: it is written in place (commit=False) and was closed without a commit",

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..buffers import Budget
-from ..trace import Tracer
+from ..store import DriveLoad
+from .parts import Parts
+from .slow_drives import describe_slow_drives
 
 __all__ = ["RuntimeStats"]
 
@@ -30,6 +31,8 @@ class RuntimeStats:
         stall_s: seconds in which someone waited; included in `busy_s` as "stall".
         host_high_water_nbytes: the most host memory under lease.
         device_high_water_nbytes: the most device memory under lease.
+        drives: what each drive has moved, with its share of the run's bytes; empty without a disk.
+        slow_drives: a sentence for each drive that held the others up, or gave less than was measured.
     """
 
     steps: int
@@ -43,10 +46,14 @@ class RuntimeStats:
     stall_s: float
     host_high_water_nbytes: int
     device_high_water_nbytes: int
+    drives: tuple[DriveLoad, ...] = ()
+    slow_drives: tuple[str, ...] = ()
 
     @classmethod
-    def collect(cls, steps: int, trace: Tracer, host: Budget, device: Budget) -> RuntimeStats:
-        """Return the totals of `trace` and the peaks of the budgets, `steps` optimizer steps in."""
+    def collect(cls, steps: int, parts: Parts) -> RuntimeStats:
+        """Return the totals of a runtime's parts, `steps` optimizer steps in."""
+        trace = parts.trace
+        drives = () if parts.store is None else tuple(meter.load() for meter in parts.store.meters)
         counters, busy_s = trace.counters(), trace.busy_s()
         return cls(
             steps=steps,
@@ -58,6 +65,8 @@ class RuntimeStats:
             activations_written_nbytes=counters.get("activations_written_nbytes", 0),
             busy_s=busy_s,
             stall_s=busy_s.get("stall", 0.0),
-            host_high_water_nbytes=host.high_water_nbytes,
-            device_high_water_nbytes=device.high_water_nbytes,
+            host_high_water_nbytes=parts.host_budget.high_water_nbytes,
+            device_high_water_nbytes=parts.device_budget.high_water_nbytes,
+            drives=drives,
+            slow_drives=describe_slow_drives(drives, parts.drive_speeds),
         )

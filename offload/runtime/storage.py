@@ -12,6 +12,7 @@ from typing import Any
 
 from ..aio import open_engine
 from ..errors import StorageError
+from ..machine import DriveSpeed
 from ..store import RecordSpec, Store, remove_run
 from ..store.scratch import Scratch
 from ..tiers.gradient_homes import PartLayout
@@ -21,19 +22,24 @@ from ..tiers.spill import Spill, chunk_nbytes_of
 from .blueprint import Blueprint
 from .identity import check_same_run, run_identity
 from .io_setting import choose_io_setting
+from .measured import MeasuredDrives
 from .options import RuntimeOptions
+from .stripes import choose_weights, log_stripes
 
 __all__ = ["open_scratch", "open_spill_scratch", "open_store"]
 
 _log = logging.getLogger("offload")
 
 
-def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> Store | None:
-    """Create the run's store, or open it for a resume; None without a disk.
+def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> tuple[Store | None, dict[str, DriveSpeed]]:
+    """Create the run's store, or open it for a resume.
 
     Args:
         blueprint: of the run.
         own: takes over an engine or a store, to be closed, and returns it.
+
+    Returns:
+        The store, None without a disk; and what was measured of its drives, by directory.
 
     Raises:
         ConfigError: the run that is resumed is of another model or format.
@@ -41,8 +47,9 @@ def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> Store | None:
     """
     options = blueprint.options
     if not options.disk:
-        return None
-    setting = choose_io_setting(options)
+        return None, {}
+    measured = MeasuredDrives.read(options.disk)
+    setting = choose_io_setting(options, measured)
     engine = own(
         open_engine(options.io_engine, queue_depth=setting.queue_depth, segment_nbytes=setting.segment_nbytes)
     )
@@ -51,7 +58,9 @@ def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> Store | None:
         assert options.run_id is not None
         store = own(Store.open(options.disk, engine=engine, run_id=options.run_id))
         check_same_run(store, options, blueprint.records)
+        reason = "as the run was begun"
     else:
+        weights, reason = choose_weights(measured)
         store = own(
             Store.create(
                 options.disk,
@@ -59,18 +68,20 @@ def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> Store | None:
                 engine=engine,
                 run_id=options.run_id,
                 chunk_nbytes=options.chunk_nbytes or options.record_format.store_chunk_nbytes,
+                weights=weights,
                 identity=run_identity(blueprint.model, options, blueprint.records),
                 room_for_snapshot=options.room_for_snapshot,
                 in_place=not options.commit,
             )
         )
+    log_stripes([meter.load() for meter in store.meters], measured.speeds(), reason)
     if store.in_place:
         _log.warning(
             "commit is off: run %s is written in place, and a crash, a kill or a power cut loses it; it can"
             " be resumed only where it ends in order",
             store.run_id,
         )
-    return store
+    return store, measured.speeds()
 
 
 def open_scratch(

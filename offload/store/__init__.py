@@ -2,6 +2,7 @@
 
 from .fallback import FallBack, fall_back
 from .format import RecordSpec
+from .meter import DriveLoad, DriveMeter
 from .reading import Generation, RunReader
 from .runs import FoundRun, RunInfo, RunState, check_removable, find_runs, list_runs, remove_run
 from .snapshot_files import SnapshotInfo, list_snapshots
@@ -11,6 +12,8 @@ from .verify import DamagedChunk, RunReport, VerifyReport, verify_reader
 
 __all__ = [
     "DamagedChunk",
+    "DriveLoad",
+    "DriveMeter",
     "FallBack",
     "FoundRun",
     "Generation",

@@ -17,6 +17,8 @@ from ..aio.engine import Engine, File, OpenMode
 from ..errors import CorruptionError, StorageError
 from ..sizes import format_bytes
 from . import files, manifests
+from .format import encode_manifest, max_manifest_nbytes
+from .meter import DriveMeter
 from .owner import Owner
 from .records import Manifest, RecordSpec, extents_nbytes, stripes_of
 from .room import check_room, has_room, reserve
@@ -57,29 +59,27 @@ class Drive:
         folder: its run folder, locked.
         file: its data file.
         path: the data file's whole path, for messages.
+        meter: counts what goes to and from it.
     """
 
     folder: RunDirectory
     file: File
     path: str
+    meter: DriveMeter
 
 
 def create_drives(
     directories: Sequence[str],
     manifest: Manifest,
-    data: bytes,
     *,
-    manifest_nbytes: int,
     room_for_snapshot: bool,
     engine: Engine,
-) -> tuple[Drive, ...]:
+) -> tuple[tuple[Drive, ...], manifests.Recovered]:
     """Make a run's folders and data files, reserve all their space, and publish its first manifest.
 
     Args:
         directories: one a drive, absolute.
         manifest: generation 0.
-        data: its bytes.
-        manifest_nbytes: how long a manifest of the run can become, to keep room for.
         room_for_snapshot: whether there must be room for a snapshot as well, which is not reserved.
         engine: opens the data files.
 
@@ -87,6 +87,8 @@ def create_drives(
         DiskFullError: not enough room, with the bytes needed and free; nothing is left behind.
         StorageError: a directory is missing, unwritable, or not safe to use.
     """
+    data, checksum = encode_manifest(manifest)
+    manifest_nbytes = max_manifest_nbytes(manifest, data)
     # Three manifests: the last two and the one being written.
     needed = [nbytes + 3 * manifest_nbytes for nbytes in manifest.drive_nbytes]
     what, cure = _WHAT, _CURE
@@ -109,7 +111,8 @@ def create_drives(
             folder.acquire()
             folder.write_owner(Owner(manifest.run_id, index, tuple(directories)))
             path = folder.path_of(DATA_NAME)
-            drives.append(Drive(folder, engine.open(DATA_NAME, "x+", dir_fd=folder.fd), path))
+            meter = DriveMeter(directory, manifest.deal.share(index))
+            drives.append(Drive(folder, engine.open(DATA_NAME, "x+", dir_fd=folder.fd), path, meter))
             if nbytes := manifest.drive_nbytes[index]:
                 reserve(drives[-1].file, directory, nbytes, what=_WHAT, cure=_CURE)
             engine.sync(drives[-1].file)
@@ -121,7 +124,8 @@ def create_drives(
         for folder in folders:
             folder.remove()
         raise
-    return tuple(drives)
+    holders = frozenset(range(len(drives)))
+    return tuple(drives), manifests.Recovered(manifest, checksum, data, holders, ())
 
 
 def open_drives(
@@ -159,7 +163,7 @@ def open_drives(
                 f"folders say {len(folders)}",
                 path=folders[0].path,
             )
-        for folder, nbytes in zip(folders, recovered.manifest.drive_nbytes, strict=True):
+        for index, (folder, nbytes) in enumerate(zip(folders, recovered.manifest.drive_nbytes, strict=True)):
             path = folder.path_of(DATA_NAME)
             mode: OpenMode = "r" if read_only else "r+"
             try:
@@ -172,7 +176,8 @@ def open_drives(
                     errno=error.errno,
                     path=path,
                 ) from error
-            drive = Drive(folder, file, path)
+            meter = DriveMeter(folder.directory, recovered.manifest.deal.share(index))
+            drive = Drive(folder, file, path, meter)
             undo.callback(drive.file.close)
             drives.append(drive)
             _check_data_file(drive, nbytes)
@@ -234,7 +239,7 @@ def _cure_of_generations(directories: Sequence[str], manifest: Manifest, beside_
     if not has_room(directories, [nbytes + beside_nbytes for nbytes in lengths]):
         return _CURE
     return (
-        f"{_CURE}; or set commit: off, which takes {format_bytes(sum(lengths))} in place of"
+        f"{_CURE}; or attach with commit=False, which takes {format_bytes(sum(lengths))} in place of"
         f" {format_bytes(sum(manifest.drive_nbytes))} on all drives, and loses the run in a crash"
     )
 

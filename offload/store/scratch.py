@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 from uuid import uuid4
@@ -31,7 +32,6 @@ from .drives import SNAPSHOT, Drive
 from .poison import because_of
 from .records import RecordSpec, stripes_of
 from .room import check_room, reserve
-from .rundir import RunDirectory
 from .stripe import Deal, Stripe, pack_extents
 from .table import Record
 from .ticket import Ticket
@@ -65,7 +65,7 @@ class Scratch:
     @classmethod
     def create(
         cls,
-        folders: Sequence[RunDirectory],
+        run: Sequence[Drive],
         records: Sequence[RecordSpec],
         *,
         engine: Engine,
@@ -74,10 +74,10 @@ class Scratch:
         snapshot_nbytes: Sequence[int] = (),
         knob: str = "raise host_memory",
     ) -> Self:
-        """Reserve room for `records` on the drives of `folders`.
+        """Reserve room for `records` on the drives of a run.
 
         Args:
-            folders: a run's, locked by us, one a drive.
+            run: its drives, locked by us.
             records: what to make room for; each has one extent, mutable or not.
             engine: does the I/O; outlives the area.
             deal: which drive each chunk lies on.
@@ -92,10 +92,8 @@ class Scratch:
         """
         stripes = stripes_of(records, chunk_nbytes, deal)
         offsets = pack_extents(stripes, [1] * len(stripes))
-        drive_nbytes = [
-            sum(stripe.drive_nbytes(drive) for stripe in stripes) for drive in range(len(folders))
-        ]
-        directories = [folder.directory for folder in folders]
+        drive_nbytes = [sum(stripe.drive_nbytes(drive) for stripe in stripes) for drive in range(len(run))]
+        directories = [drive.folder.directory for drive in run]
         cure = _CURE.format(knob=knob)
         check_room(directories, drive_nbytes, what=_WHAT, cure=cure)
         if snapshot_nbytes:
@@ -103,11 +101,11 @@ class Scratch:
             check_room(directories, both, what=_WHAT + SNAPSHOT, cure=cure)
         with ExitStack() as undo:
             drives = []
-            for folder, nbytes in zip(folders, drive_nbytes, strict=True):
-                drives.append(_make(folder, engine))
+            for drive, nbytes in zip(run, drive_nbytes, strict=True):
+                drives.append(_make(drive, engine))
                 undo.callback(drives[-1].file.close)
                 if nbytes:
-                    reserve(drives[-1].file, folder.directory, nbytes, what=_WHAT, cure=cure)
+                    reserve(drives[-1].file, drive.folder.directory, nbytes, what=_WHAT, cure=cure)
             undo.pop_all()
         # Of this process alone, so that bytes of another area never have the right checksum.
         area = uuid4()
@@ -255,8 +253,9 @@ class Scratch:
             )
 
 
-def _make(folder: RunDirectory, engine: Engine) -> Drive:
-    """Make a file in a run's folder and take its name away again."""
+def _make(drive: Drive, engine: Engine) -> Drive:
+    """Make a file in the run's folder on a drive and take its name away again."""
+    folder = drive.folder
     # Left by a process that was killed in the instant of which the module tells. The folder is ours, and
     # locked: nobody is making a file there now.
     for left in folder.scratch_names():
@@ -267,4 +266,4 @@ def _make(folder: RunDirectory, engine: Engine) -> Drive:
     finally:
         # Around the open: Ctrl-C in it may be raised when the name is there and nobody has the file.
         folder.discard(name)
-    return Drive(folder, file, folder.path_of(name))
+    return replace(drive, file=file, path=folder.path_of(name))

@@ -18,7 +18,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -269,7 +269,7 @@ class Snapshots:
             os.close(files.open_file(folder.fd, data_name(name), path))
         file = self._engine.open(data_name(name), mode, dir_fd=folder.fd)
         stack.callback(file.close)
-        return Drive(folder, file, path)
+        return replace(self._drives[position], file=file, path=path)
 
     def _memory(self, buffer: Buffer | None) -> memoryview:
         if buffer is not None:

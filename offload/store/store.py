@@ -32,8 +32,8 @@ from ..sizes import MIB
 from . import manifests
 from .committing import made_durable, mark_in_use, next_manifest
 from .drives import Drive, close_drives, create_drives, open_drives, snapshot_nbytes
-from .format import encode_manifest, max_manifest_nbytes
 from .framing import json_copy
+from .meter import DriveMeter
 from .poison import Poison
 from .records import RecordSpec, first_manifest, stripes_of
 from .scratch import Scratch
@@ -121,17 +121,9 @@ class Store:
             identity=json_copy(identity, "the identity"),
             in_place=in_place,
         )
-        data, checksum = encode_manifest(manifest)
-        drives = create_drives(
-            [os.path.abspath(directory) for directory in directories],
-            manifest,
-            data,
-            manifest_nbytes=max_manifest_nbytes(manifest, data),
-            room_for_snapshot=room_for_snapshot,
-            engine=engine,
-        )
-        holders = frozenset(range(len(drives)))
-        return cls(drives, manifests.Recovered(manifest, checksum, data, holders, ()), engine=engine)
+        paths = [os.path.abspath(directory) for directory in directories]
+        drives, first = create_drives(paths, manifest, room_for_snapshot=room_for_snapshot, engine=engine)
+        return cls(drives, first, engine=engine)
 
     @classmethod
     def open(cls, directories: Sequence[PathLike], *, engine: Engine, run_id: str) -> Self:
@@ -199,6 +191,11 @@ class Store:
     def in_use(self) -> bool:
         """Whether the committed generation is being written over, so that only a commit saves the run."""
         return self._base.in_use
+
+    @property
+    def meters(self) -> tuple[DriveMeter, ...]:
+        """What counts each drive's transfers, those of scratch areas included, in the order of the run."""
+        return tuple(drive.meter for drive in self._drives)
 
     @property
     def recovery_notes(self) -> tuple[str, ...]:
@@ -326,10 +323,9 @@ class Store:
         """
         with self._lock:
             self._check_open()
-        base = self._base
-        specs = list(self.records.values()) if room_for_snapshot else []
+        base, specs = self._base, list(self.records.values()) if room_for_snapshot else []
         return Scratch.create(
-            [drive.folder for drive in self._drives],
+            self._drives,
             records,
             engine=self._engine,
             deal=base.deal,
@@ -473,7 +469,6 @@ class Store:
             durable = made_durable(self._engine, self._drives, manifest, self._commit_failed)
             with durable as checksum, self._lock:
                 self._base, self._parent = manifest, checksum
-        # No damage of the mark shall bring back what is written over.
         manifests.prune([drive.folder for drive in self._drives], manifest.generation + 1)
 
     def _allow_read(self, record: Record, sources: Sequence[Source]) -> None:

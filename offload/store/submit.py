@@ -5,6 +5,7 @@ Owns nothing. Thread rule: any thread; no lock is held while an earlier transfer
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -44,7 +45,19 @@ def submit(
     """Begin `transfers`, each in the file of its drive, adding each to `parts` when it is in flight."""
     for transfer in transfers:
         drive = drives[transfer.drive]
+        # Before it is submitted: a small transfer may end before the call returns.
+        begun_s = time.perf_counter()
         request = engine.submit(op, drive.file, transfer.view, transfer.offset_bytes)
+        drive.meter.count(op, len(transfer.view))
         parts.append(
-            Part(request, transfer.view, transfer.drive, drive.path, transfer.offset_bytes, transfer.checks)
+            Part(
+                request,
+                transfer.view,
+                transfer.drive,
+                drive.path,
+                transfer.offset_bytes,
+                drive.meter,
+                begun_s,
+                transfer.checks,
+            )
         )

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from ..aio import crc32c
 from ..aio.engine import Request
 from ..errors import CorruptionError, OffloadError, RequestTimeoutError, StorageError
+from .meter import DriveMeter
 
 __all__ = ["IO_TIMEOUT_S", "Check", "Part", "Piece", "Ticket"]
 
@@ -57,13 +58,15 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One request of a ticket, where it goes, and what to check when it has ended."""
+    """One request of a ticket, where it goes and since when, and what to check when it has ended."""
 
     request: Request
     view: memoryview
     drive: int
     path: str
     offset_bytes: int
+    meter: DriveMeter
+    begun_s: float
     checks: tuple[Check, ...] = ()
 
 
@@ -132,8 +135,11 @@ class Ticket:
         return self._finished_s
 
     def _note_the_end(self) -> None:
-        ends = [end for part in self._parts if (end := part.request.finished_s) is not None]
-        self._finished_s = max(ends, default=self._finished_s)
+        for part in self._parts:
+            ended_s = part.request.finished_s
+            if ended_s is not None:
+                part.meter.note_busy(part.begun_s, ended_s)
+                self._finished_s = max(ended_s, self._finished_s or ended_s)
 
     def has_ended(self) -> bool:
         """Return whether nothing of it is in flight, noting a write's failure; never blocks."""

@@ -15,7 +15,7 @@ import offload
 from offload.aio import open_engine
 from offload.errors import ConfigError
 from offload.machine import DriveSpeed, IoSetting, Machine, SharedSpeed, file_system_id, save_machine
-from offload.runtime import io_setting, storage
+from offload.runtime import io_setting, measured, storage
 
 MEASURED = IoSetting(segment_nbytes=256 << 10, queue_depth=3)
 SHARED = IoSetting(segment_nbytes=512 << 10, queue_depth=5)
@@ -110,9 +110,10 @@ def test_several_drives_get_the_setting_measured_together(machine_path, tmp_path
     folders = [tmp_path / "a", tmp_path / "b"]
     together = SharedSpeed(setting=SHARED, read_bytes_per_s=4e9, write_bytes_per_s=2e9)
     save_machine(machine(drive(folders[0], "1:1"), drive(folders[1], "2:2"), together=together), machine_path)
-    monkeypatch.setattr(io_setting, "file_system_id", lambda path: {"a": "1:1", "b": "2:2"}[Path(path).name])
+    monkeypatch.setattr(measured, "file_system_id", lambda path: {"a": "1:1", "b": "2:2"}[Path(path).name])
     options = offload.RuntimeOptions(disk=folders)
-    assert io_setting.choose_io_setting(options) == SHARED
+    drives = measured.MeasuredDrives.read(options.disk)
+    assert io_setting.choose_io_setting(options, drives) == SHARED
 
 
 @pytest.mark.parametrize(

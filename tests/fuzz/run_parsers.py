@@ -12,6 +12,7 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from offload.aio import open_engine
 from offload.export.contents import read_contents, tensors_at
 from offload.export.folder import MARKER_NAME, check_export_target, remove_export
 from offload.export.run import export_run
+from offload.runtime import measured
 from offload.runtime.resume_point import read_resume_point
 from offload.runtime.rng import capture_rng, restore_rng
 from offload.store import RunReader, find_runs, verify_reader
@@ -33,7 +35,6 @@ from offload.training.pointer import read_pointer
 __all__ = ["HARNESSES"]
 
 KINDS = {"O": "offload-run", "m": "offload-manifest", "s": "offload-snapshot"}
-# With the I/O setting said, no machine.json is read.
 SMALL = {**SETTINGS, "chunk_numel": 1024, "queue_depth": 4, "segment_nbytes": 1 << 20}
 
 
@@ -103,7 +104,9 @@ def _parse_resume(data: bytes, folder: Path) -> None:
     """Go on with a run, go back to its snapshot, and train a step."""
     drive, run_id = _place(data, folder)
     model = build("mlp")
-    with offload.attach(model, **SMALL, disk=[drive], run_id=run_id, resume=True) as runtime:
+    # Speeds of drives are looked up there, and there are none.
+    here = mock.patch.object(measured, "default_machine_path", return_value=folder / "machine.json")
+    with here, offload.attach(model, **SMALL, disk=[drive], run_id=run_id, resume=True) as runtime:
         runtime.restore("a")
         train("mlp", runtime, model, range(1, 2))
 

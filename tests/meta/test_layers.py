@@ -60,7 +60,9 @@ LAYERS = (
     "optim",
     "runtime.options",
     "runtime.memory",
+    "runtime.measured",
     "runtime.io_setting",
+    "runtime.stripes",
     "runtime.blueprint",
     "export.shards",
     "export.folder",
@@ -72,6 +74,7 @@ LAYERS = (
     "runtime.building",
     "runtime.step",
     "runtime.rollback",  # snapshots of a run, and the way back to one
+    "runtime.slow_drives",
     "runtime.stats",
     "runtime.runtime",
     "runtime.compose",

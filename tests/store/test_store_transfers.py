@@ -16,7 +16,7 @@ from offload.errors import (
     StateError,
     StorageError,
 )
-from offload.store import RecordSpec, Store
+from offload.store import DriveMeter, RecordSpec, Store
 from offload.store.submit import submitting
 from offload.store.ticket import IO_TIMEOUT_S, Part, Piece, Ticket
 
@@ -434,7 +434,10 @@ def test_an_interrupted_submission_leaves_when_what_was_submitted_has_ended() ->
 
     def submit_two() -> None:
         with submitting(Ticket("a", [Piece(0, 0, 1)], is_write=True), ()) as parts:
-            parts += [Part(Slow(), memoryview(b""), 0, "/nvme0", offset) for offset in (0, 4096)]
+            parts += [
+                Part(Slow(), memoryview(b""), 0, "/nvme0", offset, DriveMeter("/nvme0", 1.0), 0.0)
+                for offset in (0, 4096)
+            ]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
