@@ -41,6 +41,8 @@ SHAPES = {
     # As deep models are: little of it is in the embedding.
     "100m-deep": Shape(640, 20, 1792, 10, 5, 4096),
     "smollm2-135m": Shape(576, 30, 1536, 9, 3, 49152, tied=True),
+    # Nearly all of it is in the embedding and the head.
+    "vocabulary-128k": Shape(64, 2, 128, 4, 2, 128256),
     "tinyllama-1.1b": Shape(2048, 22, 5632, 32, 4, 32000),
 }
 
