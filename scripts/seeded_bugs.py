@@ -209,6 +209,20 @@ BUGS = (
         (_CRASH,),
     ),
     Bug(
+        "keep-a-step-in-the-cache",
+        "runtime/step.py",
+        "load_residents([parts.records[owner] for owner in parts.residents.uncommitted])",
+        "load_residents([])",
+        ("tests/runtime/test_host_cache.py",),
+    ),
+    Bug(
+        "commit-without-the-cache",
+        "tiers/residents.py",
+        "            self._dirty.add(owner)\n",
+        "",
+        ("tests/runtime/test_host_cache.py",),
+    ),
+    Bug(
         "swallow-an-update-error",
         "optim/updater.py",
         "        self._on_error(error)\n        self._settle()\n",

@@ -106,19 +106,22 @@ def record_bytes(runtime: Any) -> dict[str, bytes]:
     """Return the bytes of every weights and optimizer record, wherever they rest."""
     runtime.synchronize()
     runtime._parts.transfer.quiet()
-    parts = runtime._parts
+    parts, residents = runtime._parts, runtime._parts.residents
     found = {}
     for owner, unit in parts.records.items():
         for kind, nbytes in (("weights", unit.weights_nbytes), ("optimizer", unit.optimizer_nbytes)):
             if not nbytes:
                 continue
-            if parts.residents is None:
-                memory = bytearray(nbytes)
+            memory = bytearray(nbytes)
+            if parts.store is not None:
                 parts.store.read(unit.name(kind), memory).wait()
+            # What lives in host memory is newer than what the store was given at the last commit.
+            resident = residents.optimizer(owner)
+            if kind == "weights" and residents.holds_weights(owner):
+                resident = parts.activations._host.view(residents.weights(owner), 0, nbytes)
             elif kind == "weights":
-                memory = parts.activations._host.view(parts.residents.weights(owner), 0, nbytes)
-            else:
-                memory = parts.residents.optimizer(owner)
+                resident = b""
+            memory[: len(resident)] = resident
             found[unit.name(kind)] = bytes(memory)
     return found
 

@@ -3,7 +3,8 @@
 Owns the staging slots while chunks are in them, and the writes in flight. Backward completes
 gradients in a known order, so the first chunks of the next update are in memory before its gradient
 is; while a chunk is computed the next is read and the one before is written. An update between passes
-has its weights read here, too; during backward they come with it.
+has its weights read here, too; during backward they come with it. Records that live in host memory do not
+pass through here.
 
 Invariants: chunks are taken in the order they are asked for; a slot is reused when its write has
 landed; `on_landed` is called for a unit when its weights record and everything before it are in the
@@ -26,6 +27,7 @@ from ..specs import RecordKind
 from ..store import Store, Ticket
 from ..tiers.masters import begin_reading_weights
 from ..tiers.records import RecordSet
+from ..tiers.residents import ResidentRecords
 from ..trace import Tracer
 
 __all__ = ["ChunkPipeline"]
@@ -76,7 +78,8 @@ class ChunkPipeline:
         *,
         records: Mapping[str, RecordSet],
         host: Arena,
-        staging: Pool,
+        residents: ResidentRecords,
+        staging: Pool | None,
         weights: Pool | None,
         store: Store,
         on_landed: Callable[[str, Lease], None],
@@ -84,6 +87,7 @@ class ChunkPipeline:
     ) -> None:
         self._records = records
         self._host = host
+        self._residents = residents
         self._slots = staging
         self._weights_slots = weights
         self._store = store
@@ -148,8 +152,9 @@ class ChunkPipeline:
         ended_s = max(ticket.finished_s or weights.issued_s for ticket in weights.tickets)
         self._trace.add("disk read", owner, weights.issued_s, ended_s, nbytes=record.host_nbytes)
         self._trace.count("disk_read_nbytes", record.host_nbytes)
-        if owner in self._order[:-1]:
-            self._weights_ahead = self._begin_weights(self._order[self._order.index(owner) + 1])
+        following = self._next_weights(owner)
+        if following is not None:
+            self._weights_ahead = self._begin_weights(following)
         return weights.lease
 
     def write_weights(self, owner: str, lease: Lease) -> None:
@@ -195,6 +200,11 @@ class ChunkPipeline:
         self._taken = None
         return first
 
+    def _next_weights(self, owner: str) -> str | None:
+        """Return the next owner behind `owner` whose weights are on disk; None when there is none."""
+        behind = self._order[self._order.index(owner) + 1 :] if owner in self._order else ()
+        return next((one for one in behind if not self._residents.holds_weights(one)), None)
+
     def _begin_weights(self, owner: str, *, block: bool = False) -> _Weights | None:
         record = self._records[owner]
         assert self._weights_slots is not None
@@ -222,35 +232,42 @@ class ChunkPipeline:
 
     def _read_next(self) -> bool:
         """Begin one read of the predicted order; False when there is none or no slot is free."""
-        if self._next_record >= len(self._order):
+        ahead = self._next_ahead()
+        if ahead is None:
             return False
-        owner = self._order[self._next_record]
-        record = self._records[owner]
-        chunks = record.format.optimizer_chunks(record.layout.trainable_numel)
-        chunk = chunks[self._next_chunk]
+        owner, chunk = ahead
         self._finish(down_to=None)
+        assert self._slots is not None, "there are slots where chunks are on disk"
         lease = self._slots.try_lease(chunk.nbytes, f"{owner} optimizer chunk")
         if lease is None:
             return False
         view = self._host.view(lease, 0, chunk.nbytes)
         # Before it is submitted: a small read may end before the call returns.
         issued_s = time.perf_counter()
-        ticket = self._store.read(
-            record.name("optimizer"), view, offset=chunk.offset_bytes, nbytes=chunk.nbytes
-        )
+        name = self._records[owner].name("optimizer")
+        ticket = self._store.read(name, view, offset=chunk.offset_bytes, nbytes=chunk.nbytes)
         self._staged.append(_Staged(owner, chunk, lease, ticket, issued_s))
         self._next_chunk += 1
-        if self._next_chunk == len(chunks):
-            self._next_record, self._next_chunk = self._next_record + 1, 0
         return True
+
+    def _next_ahead(self) -> tuple[str, OptimizerChunk] | None:
+        """Return the next chunk on disk of the predicted order; None behind the last."""
+        while self._next_record < len(self._order):
+            owner = self._order[self._next_record]
+            chunks = self._records[owner].chunks
+            first = max(self._next_chunk, self._residents.num_chunks(owner))
+            if first < len(chunks):
+                self._next_chunk = first
+                return owner, chunks[first]
+            self._next_record, self._next_chunk = self._next_record + 1, 0
+        return None
 
     def _point_at(self, owner: str, chunk: OptimizerChunk) -> None:
         """Make (owner, chunk) the next to be read, then go on in the predicted order."""
-        record = self._records[owner]
         if owner not in self._order:
             self._order = (owner,)
         self._next_record = self._order.index(owner)
-        self._next_chunk = record.format.optimizer_chunks(record.layout.trainable_numel).index(chunk)
+        self._next_chunk = self._records[owner].chunks.index(chunk)
 
     def _drop_staged(self) -> None:
         while self._staged:

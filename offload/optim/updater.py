@@ -57,6 +57,8 @@ class Update:
         step: optimizer steps including this one, from 1.
         grad_scale: the gradient is multiplied with it first: the clip factor.
         measurement: says whether the gradient is finite; None when it is known to be.
+        commits: whether this step will be committed, so that what lives in host memory is written behind the
+            update, while others are computed.
     """
 
     owner: str
@@ -66,6 +68,7 @@ class Update:
     step: int
     grad_scale: float = 1.0
     measurement: Measurement | None = None
+    commits: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Updater:
         staging: Pool | None,
         weights: Pool | None,
         store: Store | None,
-        residents: ResidentRecords | None,
+        residents: ResidentRecords,
         gradient_parts: GradientParts | None,
         num_threads: int,
         on_updated: Callable[[str, Lease], None],
@@ -126,11 +129,12 @@ class Updater:
         self._gradient_parts = gradient_parts
         self._spoiled = False
         self._pipeline: ChunkPipeline | None = None
-        if residents is None:
-            assert staging is not None and store is not None
+        if not residents.is_whole:
+            assert store is not None
             self._pipeline = ChunkPipeline(
                 records=records,
                 host=host,
+                residents=residents,
                 staging=staging,
                 weights=weights,
                 store=store,
@@ -265,6 +269,7 @@ class Updater:
             if self._pipeline is not None:
                 self._pipeline.finish_writes()
                 self._pipeline.restart(())
+            self._residents.finish_writes()
             if self._store is not None:
                 self._store.rollback()
             self._spoiled = False
@@ -276,6 +281,7 @@ class Updater:
     def _settle(self) -> None:
         if self._gradient_parts is not None:
             self._gradient_parts.settle()
+        self._residents.settle()
         if self._pipeline is not None:
             error = self._pipeline.settle()
             self._error = self._error or error
@@ -312,7 +318,9 @@ class Updater:
             update.gradient.arrived.wait()
             if not update.gradient.host.released:
                 update.gradient.host.release()
-        if self._residents is None and update.weights is not None and not update.weights.released:
+        if update.weights is None or self._residents.holds_weights(update.owner):
+            return
+        if not update.weights.released:
             update.weights.release()
 
     def _is_finite(self, measurement: Measurement) -> bool:
@@ -330,10 +338,12 @@ class Updater:
         # Their reads go on while the updates before theirs are computed.
         while self._gradient_parts is not None and self._gradient_parts.advance():
             pass
+        self._residents.finish_writes_of(update.owner)
         lease = update.weights or self._weights_of(update.owner)
         weights = self._host.view(lease, 0, record.weights_nbytes)
-        for chunk in record.format.optimizer_chunks(layout.trainable_numel):
-            memory = self._chunk_memory(update.owner, chunk)
+        for chunk in record.chunks:
+            resident = self._residents.chunk(update.owner, chunk)
+            memory = self._take(update.owner, chunk) if resident is None else resident
             gradient = self._gradient_memory(update, chunk)
             with self._trace.span(update.owner, "update", elements=chunk.numel):
                 update_chunk(
@@ -346,14 +356,26 @@ class Updater:
                 )
             if self._gradient_parts is not None and isinstance(update.gradient, GradientOnDisk):
                 self._gradient_parts.give_back()
-            if self._pipeline is not None:
+            if resident is None:
+                assert self._pipeline is not None
                 self._pipeline.write_back(update.owner, chunk)
         self._release_gradient(update)
-        if self._pipeline is not None:
-            self._pipeline.write_weights(update.owner, lease)
-        if self._residents is not None:
-            self._residents.mark_dirty(update.owner)
-            self._on_updated(update.owner, lease)
+        self._hand_over(update, lease)
+
+    def _hand_over(self, update: Update, weights: Lease) -> None:
+        """Give the new weights to those who wait for them, and to the store what goes there."""
+        self._residents.mark_dirty(update.owner)
+        if update.commits and self._store is not None:
+            self._count_written(self._residents.begin_writing(self._store, update.owner))
+        if self._residents.holds_weights(update.owner):
+            self._on_updated(update.owner, weights)
+        else:
+            assert self._pipeline is not None
+            self._pipeline.write_weights(update.owner, weights)
+
+    def _count_written(self, nbytes: int) -> None:
+        if nbytes:
+            self._trace.count("disk_written_nbytes", nbytes)
 
     def _give_back(self, update: Update) -> None:
         """Leave a record as it is, in a step of which nothing will be kept."""
@@ -374,15 +396,13 @@ class Updater:
         return self._host.view(update.gradient.host, chunk.start * itemsize, chunk.numel * itemsize)
 
     def _weights_of(self, owner: str) -> Lease:
-        if self._residents is not None:
-            return self._residents.weights(owner)
+        resident = self._residents.weights(owner)
+        if resident is not None:
+            return resident
         assert self._pipeline is not None
         return self._pipeline.take_weights(owner)
 
-    def _chunk_memory(self, owner: str, chunk: OptimizerChunk) -> memoryview:
-        if self._residents is not None:
-            whole = self._residents.optimizer(owner)
-            return whole[chunk.offset_bytes : chunk.offset_bytes + chunk.nbytes]
+    def _take(self, owner: str, chunk: OptimizerChunk) -> memoryview:
         assert self._pipeline is not None
         return self._pipeline.take(owner, chunk)
 
@@ -392,9 +412,9 @@ class Updater:
         generation = 0
         if self._store is not None:
             with self._trace.span("commit", "commit", step=commit.step):
-                if self._residents is not None:
-                    self._trace.count("disk_written_nbytes", self._residents.flush(self._store))
+                self._count_written(self._residents.flush(self._store))
                 generation = self._store.commit(commit.state)
+                self._residents.committed()
         if self._pipeline is not None:
             # The next step's reads see this step's writes.
             self._pipeline.restart(self._order)

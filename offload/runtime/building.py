@@ -130,7 +130,7 @@ class _Base:
     host_budget: Budget
     host: Arena
     device_arena: DeviceArena
-    residents: ResidentRecords | None
+    residents: ResidentRecords
     host_weights: Pool | None
     staging: Pool | None
     activations: Activations
@@ -154,7 +154,6 @@ def _lay_base(
     host_budget = Budget(Tier.HOST, blueprint.options.host_memory)
     host: Arena = own(device.host_arena(host_budget, plan.host_nbytes))
     device_arena: DeviceArena = own(device.arena(plan.device_nbytes))
-    residents = ResidentRecords(host, blueprint.records) if plan.home is not Tier.DISK else None
     spill = None if spill_scratch is None else Spill(spill_scratch, host, trace)
     return _Base(
         blueprint=blueprint,
@@ -167,7 +166,7 @@ def _lay_base(
         host_budget=host_budget,
         host=host,
         device_arena=device_arena,
-        residents=residents,
+        residents=ResidentRecords(host, blueprint.records, plan.residency, trace),
         host_weights=host.pool("weights", plan.host_weights) if plan.host_weights else None,
         staging=host.pool("optimizer chunks", plan.staging) if plan.staging else None,
         activations=Activations(

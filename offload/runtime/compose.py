@@ -155,8 +155,7 @@ def _recover(parts: Parts) -> Mapping[str, Any]:
         raise StateError(
             f"run {store.run_id} was never committed: its first import did not finish; start it anew"
         )
-    if parts.residents is not None:
-        parts.masters.load_residents(parts.records)
+    parts.masters.load_residents(parts.records.values())
     point = read_resume_point(store.state, f"run {store.run_id}")
     restore_rng(point.rng)
     return point.user
@@ -171,9 +170,9 @@ def _fill(parts: Parts, source: WeightSource, on_progress: OnProgress | None) ->
         if on_progress is not None:
             on_progress(owner, done, total)
     if parts.store is not None:
-        if parts.residents is not None:
-            parts.residents.flush(parts.store)
+        parts.residents.flush(parts.store)
         parts.store.commit({"step": 0, "rng": capture_rng(), "user": {}})
+        parts.residents.committed()
 
 
 def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:

@@ -55,4 +55,5 @@ def memory_request(
         parks_on_disk=bool(options.disk),
         chunked=chunked,
         chunk_nbytes=chunk_nbytes,
+        host_cache_nbytes=options.host_cache_nbytes,
     )

@@ -28,6 +28,7 @@ OnNonFinite = Literal["skip", "rollback", "stop"]
 SIZES = (
     "host_memory",
     "device_memory",
+    "host_cache_nbytes",
     "chunk_nbytes",
     "activations_nbytes",
     "activations_disk_nbytes",
@@ -51,6 +52,9 @@ class RuntimeOptions:
             (weights on the device, optimizer records in host memory). With a disk and another home,
             commits write what changed to the disk.
         host_memory: budget in bytes for all host buffers.
+        host_cache_nbytes: of `host_memory`, bytes for records whose home is the disk, to be neither read nor
+            written in a step; commits write them. The records that save most bytes come first, a part of the
+            optimizer records last. It changes no result, and may be another one on a resume. 0 keeps none.
         device_memory: budget in bytes for all device buffers, activations included.
         device: `cpu` (a stand-in with a budget of its own), `cuda`, `cuda:1`; None takes CUDA if
             there is one.
@@ -104,6 +108,7 @@ class RuntimeOptions:
     disk: Sequence[Path | str] = ()
     home: Tier | None = None
     host_memory: int = 8 * GIB
+    host_cache_nbytes: int = 0
     device_memory: int = 8 * GIB
     device: str | None = None
     dtype: RecordDType = "bfloat16"
@@ -139,6 +144,7 @@ class RuntimeOptions:
         for name in ("host_memory", "device_memory", "save_steps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        self._check_cache()
         if self.queue_depth is not None and not is_queue_depth(self.queue_depth):
             raise ConfigError(f"queue_depth must be 1 to {MAX_QUEUE_DEPTH} or None, got {self.queue_depth}")
         if self.segment_nbytes is not None and not is_segment_size(self.segment_nbytes):
@@ -176,6 +182,15 @@ class RuntimeOptions:
             raise ConfigError(
                 "room_for_snapshot is for snapshots, which a run with commit=False cannot take: leave commit"
                 " at True"
+            )
+
+    def _check_cache(self) -> None:
+        if self.host_cache_nbytes < 0:
+            raise ConfigError(f"host_cache_nbytes must not be negative, got {self.host_cache_nbytes}")
+        if self.host_cache_nbytes and self.resolved_home is not Tier.DISK:
+            raise ConfigError(
+                f"host_cache_nbytes keeps records in host memory whose home is the disk; with"
+                f" home={self.resolved_home.value!r} none are there: leave it out"
             )
 
     def _check_chunks(self) -> None:

@@ -64,7 +64,7 @@ class Parts:
     masters: Masters
     store: Store | None
     drive_speeds: Mapping[str, DriveSpeed]
-    residents: ResidentRecords | None
+    residents: ResidentRecords
     host_budget: Budget
     device_budget: Budget
     rng: DeviceRng

@@ -136,8 +136,7 @@ class Snapshots:
     ) -> int:
         with self._standing_still(), self._memory(store) as memory:
             generation = store.restore(name, state=state, buffer=memory, progress=self._counted(progress))
-            if self._parts.residents is not None:
-                self._parts.masters.load_residents(self._parts.records)
+            self._parts.masters.load_residents(self._parts.records.values())
         return generation
 
     def _store(self, what: str) -> Store:

@@ -301,7 +301,7 @@ class Step:
         for owner in sorted(pending, key=lambda owner: places.get(owner, len(places))):
             gradient = parts.gradients.take_parked(owner)
             step = self.num_done + 1
-            parts.updater.submit(Update(owner, None, gradient, settings, step, scale))
+            parts.updater.submit(Update(owner, None, gradient, settings, step, scale, commits=self._commits))
 
     def _start_update(self, owner: str, gradient: FinishedGradient) -> None:
         if self._settings is None:
@@ -311,7 +311,15 @@ class Step:
         weights = self._parts.transfer.take_host(owner)
         measurement = self._parts.arrivals.take(owner, gradient)
         self._parts.updater.submit(
-            Update(owner, weights, gradient, self._settings, step=self.num_done + 1, measurement=measurement)
+            Update(
+                owner,
+                weights,
+                gradient,
+                self._settings,
+                step=self.num_done + 1,
+                measurement=measurement,
+                commits=self._commits,
+            )
         )
         self._show_gradient(owner)
 
@@ -323,6 +331,12 @@ class Step:
                 parameter.shape, parameter.stride(), dtype=parameter.dtype, device=parameter.device
             )
             parameter.grad = empty.as_subclass(StreamedGradient)
+
+    @property
+    def _commits(self) -> bool:
+        """Whether the runtime commits the step in progress by itself."""
+        options = self._parts.options
+        return options.commit and (self.num_done + 1) % options.save_steps == 0
 
     def _present_settings(self) -> dict[str, ParameterSettings]:
         return {
@@ -368,8 +382,7 @@ class Step:
         parts.updater.drain()
         parts.transfer.drop(tuple(parts.records))
         parts.updater.roll_back()
-        if parts.residents is not None:
-            parts.masters.load_residents(parts.records)
+        parts.masters.load_residents([parts.records[owner] for owner in parts.residents.uncommitted])
 
     def _count_dropped(self) -> None:
         """Expect no backward of calls whose graph is gone; see [Note: dropped graphs]."""

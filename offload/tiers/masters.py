@@ -8,12 +8,12 @@ Thread rule: one thread, and none of `Transfer` or `Updater` active meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from ..buffers import Arena, Lease, Pool
+from ..buffers import Arena, Pool
 from ..codec import OptimizerChunk, read_masters, view_elements, write_frozen, write_residual, write_weights
 from ..sources import WeightSource
 from ..specs import TensorSpec
@@ -34,7 +34,7 @@ class Masters:
         host_pool: Pool | None,
         staging: Pool | None,
         store: Store | None,
-        residents: ResidentRecords | None,
+        residents: ResidentRecords,
     ) -> None:
         self._host = host
         self._host_pool = host_pool
@@ -48,8 +48,7 @@ class Masters:
             self._write_frozen(unit, weights[unit.weights_nbytes :], source)
             if unit.layout.trainable:
                 self._write_trainable(unit, weights[: unit.weights_nbytes], source)
-        if self._residents is not None and unit.layout.trainable:
-            self._residents.mark_dirty(unit.owner)
+        self._residents.mark_dirty(unit.owner)
 
     @contextmanager
     def read(self, unit: RecordSet) -> Iterator[dict[str, torch.Tensor]]:
@@ -68,18 +67,22 @@ class Masters:
                 values[spec.name] = frozen[spec.offset : spec.end].view(spec.shape)
             yield values
 
-    def load_residents(self, records: Mapping[str, RecordSet]) -> None:
-        """Fill the resident records from the store; for a resumed run whose home is not the disk."""
-        assert self._store is not None and self._residents is not None
-        for unit in records.values():
-            weights = self._host.view(self._residents.weights(unit.owner), 0, unit.host_nbytes)
-            tickets = begin_reading_weights(self._store, unit, weights)
-            if unit.layout.trainable:
-                tickets.append(
-                    self._store.read(unit.name("optimizer"), self._residents.optimizer(unit.owner))
-                )
+    def load_residents(self, records: Iterable[RecordSet]) -> None:
+        """Fill what lives in host memory of these records from the store, as it was committed last."""
+        for unit in records:
+            tickets = []
+            lease = self._residents.weights(unit.owner)
+            if lease is not None:
+                assert self._store is not None
+                weights = self._host.view(lease, 0, unit.host_nbytes)
+                tickets += begin_reading_weights(self._store, unit, weights)
+            optimizer = self._residents.optimizer(unit.owner)
+            if optimizer:
+                assert self._store is not None
+                tickets.append(self._store.read(unit.name("optimizer"), optimizer, nbytes=len(optimizer)))
             for ticket in tickets:
                 ticket.wait()
+            self._residents.mark_clean(unit.owner)
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -95,14 +98,15 @@ class Masters:
     def _write_trainable(self, unit: RecordSet, memory: memoryview, source: WeightSource) -> None:
         _bytes(memory).zero_()
         values = _OneAtATime(source)
-        for chunk in _chunks(unit):
+        for chunk in unit.chunks:
             with self._optimizer_chunk(unit, chunk, write=True) as chunk_memory:
                 _bytes(chunk_memory).zero_()
                 for spec in _overlapping(unit.layout.trainable, chunk):
                     if spec.offset >= chunk.start:
                         write_weights(unit.format, spec, values.load(spec), memory)
                     write_residual(chunk, spec, values.load(spec), chunk_memory)
-        if self._store is not None and self._residents is None:
+        if not self._residents.holds_weights(unit.owner):
+            assert self._store is not None
             self._store.write(unit.name("weights"), memory).wait()
 
     def _read_masters(self, unit: RecordSet, memory: memoryview) -> dict[str, torch.Tensor]:
@@ -112,14 +116,14 @@ class Masters:
             for spec in unit.layout.trainable:
                 values[spec.name].copy_(weights[spec.offset : spec.end].view(spec.shape))
             return values
-        for chunk in _chunks(unit):
+        for chunk in unit.chunks:
             with self._optimizer_chunk(unit, chunk, write=False) as chunk_memory:
                 for spec in _overlapping(unit.layout.trainable, chunk):
                     read_masters(chunk, spec, weights, chunk_memory, values[spec.name])
         return values
 
     def _read_weights(self, unit: RecordSet, weights: memoryview) -> None:
-        if self._residents is not None:
+        if self._residents.holds_weights(unit.owner):
             return
         assert self._store is not None
         for ticket in begin_reading_weights(self._store, unit, weights):
@@ -127,11 +131,11 @@ class Masters:
 
     @contextmanager
     def _weights_buffer(self, unit: RecordSet) -> Iterator[memoryview]:
-        if self._residents is not None:
-            yield self._host.view(self._residents.weights(unit.owner), 0, unit.host_nbytes)
+        resident = self._residents.weights(unit.owner)
+        if resident is not None:
+            yield self._host.view(resident, 0, unit.host_nbytes)
             return
         assert self._host_pool is not None
-        lease: Lease
         with self._host_pool.lease(unit.host_nbytes, unit.owner) as lease:
             yield self._host.view(lease, 0, unit.host_nbytes)
 
@@ -139,9 +143,9 @@ class Masters:
     def _optimizer_chunk(
         self, unit: RecordSet, chunk: OptimizerChunk, *, write: bool
     ) -> Iterator[memoryview]:
-        if self._residents is not None:
-            whole = self._residents.optimizer(unit.owner)
-            yield whole[chunk.offset_bytes : chunk.offset_bytes + chunk.nbytes]
+        resident = self._residents.chunk(unit.owner, chunk)
+        if resident is not None:
+            yield resident
             return
         assert self._staging is not None and self._store is not None
         with self._staging.lease(chunk.nbytes, f"{unit.owner} optimizer chunk") as lease:
@@ -183,10 +187,6 @@ class _OneAtATime:
             self._value = self._source.load(spec.name)
             self._name = spec.name
         return self._value
-
-
-def _chunks(unit: RecordSet) -> tuple[OptimizerChunk, ...]:
-    return unit.format.optimizer_chunks(unit.layout.trainable_numel)
 
 
 def _overlapping(tensors: tuple[TensorSpec, ...], chunk: OptimizerChunk) -> Iterator[TensorSpec]:

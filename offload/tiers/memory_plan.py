@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..sizes import format_bytes
 from ..specs import Tier
+from .residency import Residency
 
 __all__ = ["MemoryPlan"]
 
@@ -19,7 +20,7 @@ class MemoryPlan:
     """The slots of every pool, in bytes, and the depths they allow.
 
     Attributes:
-        home: where the records rest between uses.
+        home: where the records rest between uses, those of `residency` apart.
         window: visits fetched ahead of the one that runs.
         updates_in_flight: units whose update may be pending while the model goes on.
         host_weights: slots for weights and frozen records on their way to the device.
@@ -33,7 +34,8 @@ class MemoryPlan:
         gradient_ring: slots for whole gradients on their way to disk.
         gradient_parts: slots for parts of gradients on their way back.
         staging: slots for chunks of optimizer records.
-        host_resident_nbytes: records that live in host memory for the whole run.
+        residency: which records live in host memory for the whole run.
+        host_resident_nbytes: bytes of these.
         activations_nbytes: what is left of the host budget for saved unit inputs.
         device_weights: slots for weights in the compute dtype.
         device_gradients: slots for gradients of the unit in backward.
@@ -52,6 +54,7 @@ class MemoryPlan:
     gradient_ring: tuple[int, ...]
     gradient_parts: tuple[int, ...]
     staging: tuple[int, ...]
+    residency: Residency
     host_resident_nbytes: int
     activations_nbytes: int
     device_weights: tuple[int, ...]
@@ -69,6 +72,11 @@ class MemoryPlan:
     def device_nbytes(self) -> int:
         """Bytes of the device arena; the reserve is not part of it."""
         return sum((*self.device_weights, *self.device_gradients))
+
+    @property
+    def host_cache_nbytes(self) -> int:
+        """Bytes of records that rest on disk and are kept in host memory as well."""
+        return self.host_resident_nbytes if self.home is Tier.DISK else 0
 
     def describe_parked(self) -> str:
         """Return a line on where parked gradients wait, empty when none are."""

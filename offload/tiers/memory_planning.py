@@ -17,11 +17,14 @@ from itertools import product
 from ..errors import CapacityError
 from ..sizes import align_down, align_up
 from ..specs import Tier
+from .fetches import count_fetches
 from .gradient_homes import GradientHomes, PartLayout, choose_homes
+from .host_cache import choose_cached
 from .memory_plan import MemoryPlan
 from .memory_refusal import refusal_text
 from .memory_request import MemoryRequest
 from .records import RecordSet
+from .residency import Residency
 from .schedule import Pass, Phase, window_slots
 
 __all__ = ["plan_memory", "smallest_plan"]
@@ -76,8 +79,8 @@ def plan_memory(
     """
     plans: list[MemoryPlan] = []
     fitting: list[MemoryPlan] = []
-    for depth in _depths(request.home):
-        plans.append(_plan_at(request, depth))
+    for depth, residency in _depths(request):
+        plans.append(_plan_at(request, depth, residency))
         fitting = _fitting(plans[-1:], host_limit_nbytes, device_limit_nbytes)
         if fitting:
             break  # With no gradient on disk it is the one; shallower plans need not be made.
@@ -104,7 +107,7 @@ def plan_memory(
 
 def smallest_plan(request: MemoryRequest) -> MemoryPlan:
     """Return the plan of the least memory: where it does not fit, `plan_memory` refuses."""
-    plan = _plan_at(request, list(_depths(request.home))[-1])
+    plan = _plan_at(request, *list(_depths(request))[-1])
     if not (request.parks and request.parks_on_disk):
         return plan
     on_disk = _with_gradients_on_disk(plan, request, host_limit_nbytes=0, spare_nbytes=0)
@@ -112,47 +115,64 @@ def smallest_plan(request: MemoryRequest) -> MemoryPlan:
     return min(plan, on_disk, key=lambda one: one.host_nbytes)
 
 
-def _depths(home: Tier) -> Iterator[_Depth]:
-    windows = WINDOWS if home is not Tier.DEVICE else (0,)
-    staging = STAGING_SLOTS if home is Tier.DISK else (0,)
-    return (_Depth(*depth) for depth in product(windows, UPDATES_IN_FLIGHT, staging))
+def _depths(request: MemoryRequest) -> Iterator[tuple[_Depth, Residency]]:
+    """Yield the depths to try, deepest first, each with the records that are in host memory at it."""
+    for window in WINDOWS if request.home is not Tier.DEVICE else (0,):
+        residency = _residency(request, window)
+        for updates, staging in product(
+            UPDATES_IN_FLIGHT, STAGING_SLOTS if request.home is Tier.DISK else (0,)
+        ):
+            yield _Depth(window, updates, staging), residency
 
 
-def _plan_at(request: MemoryRequest, depth: _Depth) -> MemoryPlan:
+def _residency(request: MemoryRequest, window: int) -> Residency:
+    if request.home is not Tier.DISK:
+        return Residency.whole(request.records)
+    if not request.host_cache_nbytes:
+        return Residency()
+    order = request.schedule.order
+    used = dict.fromkeys(owner for unit in order for owner in request.schedule.needs[unit])
+    return choose_cached(
+        request.records,
+        count_fetches(request.schedule, request.trains, window=window, stays=False, parks=request.parks),
+        order=tuple(dict.fromkeys((*used, *request.records))),
+        parks=request.parks,
+        capacity_nbytes=request.host_cache_nbytes,
+    )
+
+
+def _plan_at(request: MemoryRequest, depth: _Depth, residency: Residency) -> MemoryPlan:
     records, parks = request.records, request.parks
     visits = request.schedule.visits(Pass.TRAIN)
     needs = [request.schedule.needs[visit.unit] for visit in visits]
     backward = [request.trains[visit.unit] for visit in visits if visit.phase is Phase.BACKWARD]
-    host_nbytes = {owner: unit.host_nbytes for owner, unit in records.items()}
+    # What lives in host memory passes through no slot there.
+    host_nbytes = {
+        owner: unit.host_nbytes for owner, unit in records.items() if owner not in residency.weights
+    }
     device_nbytes = {owner: unit.device_nbytes for owner, unit in records.items()}
     # Updates during backward take the buffers of the weights over; those between passes have their own.
     host_window = depth.window + 1 + (0 if parks else depth.updates)
-    host_weights = window_slots(_sizes(host_nbytes, needs), host_window)
     device_weights = window_slots(_sizes(device_nbytes, needs), depth.window + 1)
-    host_updates = window_slots(_sizes(host_nbytes, backward), depth.updates) if parks else ()
-    host_gradients = _rounded(_gradient_slots(request, backward, depth.updates))
-    resident = 0
-    if request.home is not Tier.DISK:
-        resident = sum(align_up(unit.host_nbytes, 4096) + unit.optimizer_nbytes for unit in records.values())
-        host_weights = ()
-        host_updates = ()
     if request.home is Tier.DEVICE:
         device_weights = tuple(device_nbytes.values())
+    host_gradients = _rounded(_gradient_slots(request, backward, depth.updates))
     accumulated = _accumulated_nbytes(request)
     return MemoryPlan(
         home=request.home,
         window=depth.window,
         updates_in_flight=depth.updates,
-        host_weights=_rounded(host_weights),
+        host_weights=_rounded(window_slots(_sizes(host_nbytes, needs), host_window)),
         host_gradients=host_gradients,
-        host_updates=_rounded(host_updates),
+        host_updates=_rounded(window_slots(_sizes(host_nbytes, backward), depth.updates) if parks else ()),
         parked_nbytes=sum(host_gradients) if parks else 0,
         parked_on_disk=(),
         parked_disk_nbytes=0,
         gradient_ring=(),
         gradient_parts=(),
-        staging=_rounded((_chunk_nbytes(records),) * depth.staging),
-        host_resident_nbytes=resident,
+        staging=_rounded((_chunk_nbytes(records, residency),) * depth.staging),
+        residency=residency,
+        host_resident_nbytes=residency.nbytes(records),
         activations_nbytes=align_up(request.activations_nbytes, SLOT_ALIGNMENT_NBYTES),
         device_weights=_rounded(device_weights),
         device_gradients=_rounded(window_slots(_sizes(accumulated, backward), 1)),
@@ -186,9 +206,16 @@ def _accumulated_nbytes(request: MemoryRequest) -> dict[str, int]:
     }
 
 
-def _chunk_nbytes(records: Mapping[str, RecordSet]) -> int:
-    """Return the bytes of the largest optimizer chunk; a record of one may be shorter than a full one."""
-    return max((min(unit.format.chunk_nbytes, unit.optimizer_nbytes) for unit in records.values()), default=0)
+def _chunk_nbytes(records: Mapping[str, RecordSet], residency: Residency) -> int:
+    """Return the bytes of the largest optimizer chunk on disk; the only one of a record may be short."""
+    return max(
+        (
+            unit.chunks[residency.chunks.get(owner, 0)].nbytes
+            for owner, unit in records.items()
+            if residency.chunks.get(owner, 0) < len(unit.chunks)
+        ),
+        default=0,
+    )
 
 
 def _fitting(plans: Sequence[MemoryPlan], host_limit: int, device_limit: int) -> list[MemoryPlan]:
@@ -253,7 +280,8 @@ def _with_gradients_on_disk(
 
 
 def _sizes(nbytes: Mapping[str, int], visits: list[tuple[str, ...]]) -> list[dict[str, int]]:
-    return [{owner: nbytes[owner] for owner in owners} for owners in visits if owners]
+    """Return for each visit the bytes of those of its records that `nbytes` has."""
+    return [{owner: nbytes[owner] for owner in owners if owner in nbytes} for owners in visits if owners]
 
 
 def _device_reserve(request: MemoryRequest) -> int:

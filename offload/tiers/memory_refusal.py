@@ -17,7 +17,8 @@ def refusal_text(plan: MemoryPlan, host_limit_nbytes: int, device_limit_nbytes: 
         "parked gradients": plan.parked_nbytes,
         "gradients on their way to disk and back": sum((*plan.gradient_ring, *plan.gradient_parts)),
         "optimizer chunks": sum(plan.staging),
-        "resident records": plan.host_resident_nbytes,
+        "resident records": plan.host_resident_nbytes - plan.host_cache_nbytes,
+        "cached records": plan.host_cache_nbytes,
         "saved inputs": plan.activations_nbytes,
     }
     device = {
@@ -37,6 +38,11 @@ def refusal_text(plan: MemoryPlan, host_limit_nbytes: int, device_limit_nbytes: 
             )
     if sum(host.values()) > host_limit_nbytes and (plan.parked_nbytes or plan.parked_on_disk):
         lines.append(_refusal_of_parking(plan))
+    if sum(host.values()) > host_limit_nbytes and plan.host_cache_nbytes:
+        lines.append(
+            f"  of these, {plan.host_cache_nbytes} bytes are records kept in host memory as a cache: lower"
+            " host_cache_nbytes"
+        )
     return "\n".join(lines)
 
 

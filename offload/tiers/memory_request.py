@@ -29,6 +29,8 @@ class MemoryRequest:
         parks_on_disk: gradients that do not fit into host memory may be kept on disk.
         chunked: owners whose gradients are sums over chunks of the loss, and so in fp32 as well.
         chunk_nbytes: device bytes that the logits of a chunk and their loss take at once.
+        host_cache_nbytes: host bytes for records whose home is the disk; no more than this is used, and less
+            by what a chunk takes at most.
     """
 
     schedule: Schedule
@@ -42,6 +44,7 @@ class MemoryRequest:
     parks_on_disk: bool = False
     chunked: tuple[str, ...] = ()
     chunk_nbytes: int = 0
+    host_cache_nbytes: int = 0
 
     @property
     def update_order(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from ..codec import RecordFormat
+from ..codec import OptimizerChunk, RecordFormat
 from ..sizes import align_up
 from ..specs import RecordKind, TensorSpec, UnitLayout
 from ..store import RecordSpec
@@ -64,6 +64,11 @@ class RecordSet:
         """Bytes of the optimizer record, 0 when nothing is trainable."""
         numel = self.layout.trainable_numel
         return self.format.optimizer_nbytes(numel) if numel else 0
+
+    @property
+    def chunks(self) -> tuple[OptimizerChunk, ...]:
+        """The chunks of the optimizer record, in its order; none when nothing is trainable."""
+        return self.format.optimizer_chunks(self.layout.trainable_numel)
 
     @property
     def host_nbytes(self) -> int:

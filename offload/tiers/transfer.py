@@ -89,7 +89,7 @@ class Transfer:
         device_arena: DeviceArena,
         device_pool: Pool,
         store: Store | None,
-        residents: ResidentRecords | None,
+        residents: ResidentRecords,
         keep_on_device: bool,
         keep_host: bool,
         trace: Tracer,
@@ -191,14 +191,14 @@ class Transfer:
             self._raise_if_unusable()
 
     def end_update(self, owner: str, host: Lease) -> None:
-        """Take the buffer of `take_host` back with the record's new bytes, which are in the store too.
+        """Take the buffer of `take_host` back with the new bytes, which are in the store too or live there.
 
         A record that is wanted next (the last unit of backward is the first of the next forward) goes
         to the device from this buffer and is not read again.
         """
         with self._changed:
             self._updating.discard(owner)
-            if self._residents is None:
+            if not self._residents.holds_weights(owner):
                 if owner in self._queue and not self._closed:
                     self._offered[owner] = host
                 else:
@@ -300,8 +300,13 @@ class Transfer:
         del self._copies[copy.owner]
         if copy.device is not None:
             self._device_arena.release_after(copy.device, copy.used or self._device.record_compute())
-        if copy.host is not None and self._residents is None:
+        self._give_back(copy)
+
+    def _give_back(self, copy: _Copy) -> None:
+        """Release the host buffer of a copy, unless the record lives there."""
+        if copy.host is not None and not self._residents.holds_weights(copy.owner):
             copy.host.release()
+            copy.host = None
 
     def _on_device(self, copy: _Copy) -> WeightsOnDevice:
         assert copy.device is not None
@@ -342,10 +347,8 @@ class Transfer:
         finally:
             for copy in reading:
                 _settle(copy)
-                if copy.host is not None and self._residents is None:
-                    # The update thread may wait for the slot.
-                    copy.host.release()
-                    copy.host = None
+                # The update thread may wait for the slot.
+                self._give_back(copy)
 
     def _next_to_read(self, *, block: bool) -> str | None:
         """Return the next record to read; None when closed, or when there is none and not `block`."""
@@ -364,8 +367,9 @@ class Transfer:
         record = self._records[owner]
         copy = _Copy(owner)
         offered: Lease | None = None
-        if self._residents is not None:
-            copy.host = self._residents.weights(owner)
+        resident = self._residents.weights(owner)
+        if resident is not None:
+            copy.host = resident
         elif (offered := self._take_offered(owner)) is not None:
             copy.host = offered
         else:
@@ -376,14 +380,13 @@ class Transfer:
         with self._changed:
             # The order of visits may have changed while waiting for a slot.
             if owner in self._copies or owner in self._updating or owner not in self._queue:
-                if self._residents is None:
-                    copy.host.release()
+                self._give_back(copy)
                 return None
             self._queue.remove(owner)
             self._copies[owner] = copy
             self._changed.notify_all()
         copy.issued_s = time.perf_counter()
-        if self._residents is None and offered is None:
+        if resident is None and offered is None:
             assert self._store is not None
             memory = self._host.view(copy.host, 0, record.host_nbytes)
             copy.tickets += begin_reading_weights(self._store, record, memory)
@@ -406,9 +409,8 @@ class Transfer:
         self._upload(copy, record)
         self._trace.add("host to device", copy.owner, began_s, time.perf_counter(), nbytes=record.host_nbytes)
         with self._changed:
-            if copy.host is not None and not self._keep_host and self._residents is None:
-                copy.host.release()
-                copy.host = None
+            if not self._keep_host:
+                self._give_back(copy)
             copy.ready = True
             self._changed.notify_all()
 

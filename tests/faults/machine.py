@@ -59,6 +59,16 @@ CONFIGS = {
         Config("disk"),
         Config("two drives", num_drives=2),
         Config("host", settings={"home": "host", "save_steps": 2}),
+        # Weights in memory, of the optimizer records some, none, and the first of three chunks.
+        Config(
+            "cached",
+            settings={
+                "host_cache_nbytes": 36_864,
+                "dtype": "float32",
+                "chunk_numel": 1024,
+                "save_steps": 2,
+            },
+        ),
         Config("clip", settings={"max_grad_norm": 0.05}),
         Config("8bit", settings={"moments": "8bit"}),
         Config("snapshots", num_drives=2, snapshots=True),

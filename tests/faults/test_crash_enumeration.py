@@ -69,11 +69,10 @@ def check_recovery(wanted: Enumeration, machine: Machine, promised: int, run: Ru
         if run.resumed:
             assert run.first_generation in (promised, promised + 1)
             assert store.state["user"] == ({"next": run.first_step} if run.first_step else {})
-        if runtime._parts.residents is None:
-            for name, data in wanted.by_step[run.first_step].items():
-                memory = bytearray(len(data))
-                store.read(name, memory).wait()
-                assert memory == data, f"{name} is not that of step {run.first_step}"
+        for name, data in wanted.by_step[run.first_step].items():
+            memory = bytearray(len(data))
+            store.read(name, memory).wait()
+            assert memory == data, f"{name} is not that of step {run.first_step}"
 
     found = go_on(machine, wanted.config, run, on_begin=check_found)
     assert found.records == wanted.finished.records, "other weights at the end"

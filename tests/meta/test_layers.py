@@ -37,9 +37,12 @@ LAYERS = (
     "units",
     "tiers.records",
     "export.contents",
-    "tiers.residents",  # records whose home is the host; transfer and optim look here before the disk
+    "tiers.residency",  # pure: which records live in host memory
+    "tiers.residents",  # and their bytes; transfer and optim look here before the disk
     "tiers.masters",
     "tiers.schedule",  # pure order and window; plan reckons with both
+    "tiers.fetches",
+    "tiers.host_cache",
     "tiers.gradient_homes",  # pure: which parked gradients stay in host memory
     "tiers.memory_plan",
     "tiers.memory_request",

@@ -19,9 +19,10 @@ from offload.errors import CapacityError
 from offload.planner import Lack, TrainingPlan, describe_model
 from offload.planner.inputs import saved_inputs
 from offload.planner.layout import Choice, lay_out
-from offload.planner.traffic import Traffic, count_fetches, step_traffic
+from offload.planner.traffic import Traffic, step_traffic
 from offload.sizes import GIB, MIB, align_up
 from offload.specs import Tier
+from offload.tiers.fetches import count_fetches
 from offload.tiers.memory_planning import smallest_plan
 from offload.tiers.memory_request import MemoryRequest
 from offload.tiers.records import record_sets
@@ -30,6 +31,7 @@ from offload.trace import Tracer
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("llama", "gpt2", "qwen3")  # tied and untied, one with two tables
 STEPS = 3
+FORMAT = RecordFormat("bfloat16", SETTINGS["chunk_numel"])
 # What a unit of these models gets from the one before: rows x tokens x width in fp32.
 INPUT_NBYTES = ROWS * LENGTH * 32 * 4
 # The partial gradient of a table that is tied to the head goes back to the device without a span.
@@ -75,6 +77,34 @@ def test_parked_updates_that_are_done_before_forward_read_the_most(name, tmp_pat
     assert planned.disk_read_nbytes == planned.least_disk_read_nbytes < planned.most_disk_read_nbytes
 
 
+@pytest.mark.parametrize("parks", [False, True])
+@pytest.mark.parametrize("quarters", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cached_step_moves_what_was_planned(name, quarters, parks, tmp_path):
+    facts = describe_model(build(name), name)
+    records = record_sets((unit.layout for unit in facts.units), FORMAT, torch.float32)
+    cache = sum(unit.host_nbytes + unit.optimizer_nbytes for unit in records.values()) * quarters // 4
+    clip = {"max_grad_norm": 1.0} if parks else {}
+    planned, moved = run(name, tmp_path, host_cache_nbytes=cache, save_steps=2, **clip)
+    assert planned.commit_nbytes > 0
+    each = planned.disk_written_nbytes - planned.commit_nbytes // 2
+    assert [one.disk_written_nbytes for one in moved] == [each, each + planned.commit_nbytes, each]
+    low, high = planned.least_disk_read_nbytes, planned.most_disk_read_nbytes
+    assert all(low <= one.disk_read_nbytes <= high for one in moved[1:])
+    assert (each == high == 0) is (quarters == 4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cached_step_that_is_committed_only_reads_less(name, tmp_path):
+    planned, moved = run(name, tmp_path, host_cache_nbytes=128 << 10)
+    assert planned.commit_nbytes > 0
+    (tmp_path / "plain").mkdir()
+    plain, _ = run(name, tmp_path / "plain")
+    assert [one.disk_written_nbytes for one in moved] == [plain.disk_written_nbytes] * STEPS
+    assert planned.disk_written_nbytes == plain.disk_written_nbytes
+    assert planned.most_disk_read_nbytes < plain.least_disk_read_nbytes
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_parked_on_disk_move_what_was_planned(name, tmp_path):
     model = build(name)
@@ -83,7 +113,7 @@ def test_gradients_parked_on_disk_move_what_was_planned(name, tmp_path):
     least = smallest_plan(
         MemoryRequest(
             schedule=facts.schedule(wraps=False),
-            records=record_sets(layouts, RecordFormat("bfloat16", SETTINGS["chunk_numel"]), torch.float32),
+            records=record_sets(layouts, FORMAT, torch.float32),
             trains=facts.trains,
             home=Tier.DISK,
             gradient_itemsize=4,
@@ -254,16 +284,10 @@ def test_bytes_agree_with_published_measurements(results, moments):
 
 
 def test_a_larger_window_never_reads_more():
-    asked = question(machine(memory=24 * GIB, device=None), batch=4, length=32)
     model = llama(640, 14, 1792, 10, 5, 32000)
-    plan = lay_out(asked, model, Choice(Tier.DISK, "float32", None))
     schedule = model.schedule(wraps=True)
     counts = [
-        sum(
-            count_fetches(
-                schedule, model.trains, replace(plan.memory, window=window), parks=False
-            ).all.values()
-        )
+        sum(count_fetches(schedule, model.trains, window=window, stays=False, parks=False).all.values())
         for window in (1, 2, 3)
     ]
     assert counts == sorted(counts, reverse=True)
