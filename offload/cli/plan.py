@@ -100,6 +100,14 @@ def plan_command() -> Callable[..., None]:
                 rich_help_panel=RUN,
             ),
         ] = None,
+        host_cache: Annotated[
+            str | None,
+            typer.Option(
+                metavar="SIZE",
+                help="Of host memory, for records on disk; else what is left.",
+                rich_help_panel=RUN,
+            ),
+        ] = None,
         moments: Annotated[
             str, typer.Option(metavar="float32|8bit", help="Format of AdamW's moments.", rich_help_panel=RUN)
         ] = "float32",
@@ -174,6 +182,7 @@ def plan_command() -> Callable[..., None]:
             "length": str(length),
             "rows": None if rows is None else str(rows),
             "home": home,
+            "host-cache": host_cache,
             "moments": moments,
             "dtype": dtype,
             "compute-dtype": compute_dtype,
@@ -188,6 +197,7 @@ def plan_command() -> Callable[..., None]:
             "length": length,
             "rows": rows,
             "home": None if home is None else Tier(_one_of("--home", home, [tier.value for tier in Tier])),
+            "host_cache": None if host_cache is None else _size("--host-cache", host_cache, least=0),
             "moments": _one_of("--moments", moments, get_args(MomentDType)),
             "dtype": _one_of("--dtype", dtype, get_args(RecordDType)),
             "compute_dtype": _dtype("--compute-dtype", compute_dtype),
@@ -306,13 +316,12 @@ def _dtype(option: str, value: str | None) -> Any:
     return None if value is None else _one_of(option, value, ("bfloat16", "float32"))
 
 
-def _size(option: str, text: str) -> int:
+def _size(option: str, text: str, *, least: int = 1) -> int:
     try:
         nbytes = parse_bytes(text)
     except ValueError as error:
         raise ConfigError(f"{option}: {error}") from error
-    _positive(option, nbytes)
-    return nbytes
+    return nbytes if nbytes >= least else _positive(option, nbytes)
 
 
 def _positive(option: str, value: Any) -> Any:

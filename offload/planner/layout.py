@@ -17,7 +17,7 @@ from ..device.cuda_staging import STAGING_NBYTES
 from ..errors import CapacityError
 from ..runtime.memory import DEFAULT_ACTIVATIONS_NBYTES, memory_request
 from ..runtime.options import RuntimeOptions
-from ..sizes import MIB, align_down, align_up, format_bytes
+from ..sizes import GIB, MIB, align_down, align_up, format_bytes
 from ..specs import MomentDType, Tier
 from ..store.records import num_extents
 from ..tiers.gradient_homes import PartLayout
@@ -35,6 +35,9 @@ from .traffic import step_traffic
 from .work import step_flops, temporaries_nbytes
 
 __all__ = ["Choice", "lay_out", "row_choices"]
+
+# A cache of less than this share of the state saves less than it costs: commits are further apart with one.
+LEAST_CACHED_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +67,19 @@ def row_choices(question: Question) -> tuple[int | None, ...]:
 
 def lay_out(question: Question, model: ModelFacts, choice: Choice) -> TrainingPlan | Lack:
     """Return the plan of a choice, or the first tier that is too small for it."""
-    options = _options(question, choice)
-    setup = _Setup(question, model, choice, options)
+    setup = _Setup(question, model, choice, _options(question, choice))
     lack = _lack_of_memory(setup) or _lack_of_room(setup, None)
     if lack is not None:
         return lack
     memory, asks = _plan(setup)
+    cache_nbytes = _spare_nbytes(setup, memory)
+    if cache_nbytes:
+        setup = _Setup(question, model, choice, _options(question, choice, cache_nbytes))
+        memory, asks = _plan(setup)
     lack = _lack_of_room(setup, memory)
     if lack is not None:
         return lack
+    options = setup.options
     if asks:
         options = replace(
             options,
@@ -124,12 +131,16 @@ class _Setup:
         return align_down(left, MIB)
 
 
-def _options(question: Question, choice: Choice) -> RuntimeOptions:
-    apart = 1 if choice.home is Tier.DISK else MEMORY_SAVE_STEPS
+def _options(question: Question, choice: Choice, cache_nbytes: int | None = None) -> RuntimeOptions:
+    """Return how a run of that choice is attached, with a cache of its own size or the one asked for."""
+    if cache_nbytes is None:
+        cache_nbytes = (question.host_cache or 0) if choice.home is Tier.DISK else 0
+    apart = 1 if choice.home is Tier.DISK and not cache_nbytes else MEMORY_SAVE_STEPS
     return RuntimeOptions(
         disk=tuple(drive.path for drive in question.machine.drives),
         home=choice.home,
         host_memory=question.host_memory,
+        host_cache_nbytes=cache_nbytes,
         device_memory=question.device_memory,
         device="cpu" if question.machine.device is None else "cuda",
         dtype=question.dtype,
@@ -156,6 +167,17 @@ def _plan(setup: _Setup) -> tuple[MemoryPlan, bool]:
         memory = _plan_memory(setup, filled.activations_nbytes, fill=False)
         assert memory is not None, "what was filled fits as asked for"
     return memory, True
+
+
+def _spare_nbytes(setup: _Setup, memory: MemoryPlan) -> int:
+    """Return the host memory that a plan without a cache leaves, where the size of one was not asked for."""
+    if memory.home is not Tier.DISK or setup.question.host_cache is not None:
+        return 0
+    saved = max(setup.saved.nbytes, min(memory.activations_nbytes, DEFAULT_ACTIVATIONS_NBYTES))
+    left = setup.question.host_memory - (memory.host_nbytes - memory.activations_nbytes) - saved
+    least = LEAST_CACHED_SHARE * sum(_resident(setup.records).values())
+    # The runtime rounds the saved inputs up to a page; and people read whole MiB.
+    return align_down(left - 4096, MIB if left >= GIB else 4096) if left > least else 0
 
 
 def _plan_memory(setup: _Setup, activations_nbytes: int, *, fill: bool) -> MemoryPlan | None:
@@ -200,6 +222,7 @@ def _finish(setup: _Setup, options: RuntimeOptions, memory: MemoryPlan) -> Train
         + setup.staging_nbytes
         + setup.temporaries_nbytes,
         temporaries_nbytes=setup.temporaries_nbytes,
+        uncached_nbytes=sum(_resident(setup.records).values()) - memory.host_resident_nbytes,
         drives_nbytes=_drives_nbytes(setup, memory),
         step_written_nbytes=written,
         steps_to_tbw=steps,
@@ -289,7 +312,9 @@ def _host_reason(setup: _Setup) -> str:
     inputs = setup.saved.least_nbytes if setup.options.disk else setup.saved.nbytes
     saved = f"of them {format_bytes(inputs)} for the inputs that the batch saves"
     if setup.options.resolved_home is Tier.DISK:
-        return f"buffers for weights, gradients and optimizer chunks on their way; {saved}"
+        cache = setup.options.host_cache_nbytes
+        kept = f"{format_bytes(cache)} for records kept there, " if cache else ""
+        return f"{kept}buffers for weights, gradients and optimizer chunks on their way; {saved}"
     resident = sum(_resident(setup.records).values())
     return f"of them {format_bytes(resident)} for records at home there; {saved}"
 

@@ -157,6 +157,8 @@ def _memory_section(question: Question, plan: TrainingPlan) -> Section:
         f"device: about {format_bytes(plan.temporaries_nbytes)} of it are torch's temporaries, an estimate;"
         f" host: {format_bytes(saved - spilled)} are saved inputs of units"
     ]
+    if cached := _cache_words(plan):
+        lines.append(cached)
     if spilled:
         lines.append(
             f"on disk: {format_bytes(spilled)} of saved inputs, the first ones, written and read once a step"
@@ -187,6 +189,7 @@ def _run_section(plan: TrainingPlan) -> Section:
     keys = {
         "home": plan.memory.home.value,
         "host_memory": _yaml_size(plan.options.host_memory),
+        "host_cache": _yaml_size(plan.options.host_cache_nbytes) if plan.options.host_cache_nbytes else None,
         "device_memory": _yaml_size(plan.options.device_memory),
         "moments": plan.options.moments,
         "dtype": plan.options.dtype,
@@ -214,6 +217,15 @@ def _machine_words(machine: Machine) -> str:
     return "; ".join(words)
 
 
+def _cache_words(plan: TrainingPlan) -> str:
+    cached = plan.memory.host_cache_nbytes
+    if not cached:
+        return ""
+    state = cached + plan.uncached_nbytes
+    share = f"{cached / state:.0%} of the state"
+    return f"host: {format_bytes(cached)} are records kept there, {share}, which commits alone write"
+
+
 def _home_words(plan: TrainingPlan) -> str:
     options, memory = plan.options, plan.memory
     words = [f"{memory.home.value}, {_MOMENTS[options.moments]} moments, {options.dtype} weights"]
@@ -230,7 +242,7 @@ def _home_words(plan: TrainingPlan) -> str:
 
 
 def _commit_words(plan: TrainingPlan) -> str:
-    if plan.memory.home is Tier.DISK or not plan.traffic.disk_written_nbytes:
+    if not plan.traffic.commit_nbytes:
         return ""
     return ", with the share of a commit"
 

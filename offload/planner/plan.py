@@ -35,6 +35,7 @@ class TrainingPlan:
         host_nbytes: the most host memory under lease, saved inputs as large as the batch needs.
         device_nbytes: the most device memory: the runtime's, and an estimate of torch's temporaries.
         temporaries_nbytes: of `device_nbytes`, the estimate.
+        uncached_nbytes: of records that are on disk and not in host memory.
         drives_nbytes: that the state takes on each drive, in the machine's order.
         step_written_nbytes: written to all drives by one step.
         steps_to_tbw: steps until every drive has taken what it is rated for; None when not asked, or never.
@@ -53,6 +54,7 @@ class TrainingPlan:
     host_nbytes: int
     device_nbytes: int
     temporaries_nbytes: int
+    uncached_nbytes: int
     drives_nbytes: tuple[int, ...]
     step_written_nbytes: int
     steps_to_tbw: float | None
@@ -89,6 +91,8 @@ class TrainingPlan:
         }
         if options.activations_disk_nbytes:
             chosen["activations_disk_nbytes"] = options.activations_disk_nbytes
+        if options.host_cache_nbytes:
+            chosen["host_cache_nbytes"] = options.host_cache_nbytes
         optional = {
             "max_grad_norm": options.max_grad_norm,
             "gradient_dtype": options.gradient_dtype,

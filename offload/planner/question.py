@@ -33,13 +33,15 @@ class Question:
         batch: rows that one optimizer step learns from.
         length: tokens of a row.
         home: where records are to rest; None leaves it to the plan.
+        host_cache: bytes of host memory for records whose home is the disk; None takes what a plan leaves.
         rows: of a micro-batch; None leaves it to the plan.
         dtype: of weights records.
         moments: of AdamW.
         compute_dtype: None for bfloat16 on a GPU, float32 without.
         max_grad_norm: None does not clip, so gradients need not be parked.
         gradient_dtype: of parked gradients.
-        save_steps: between commits; None for 1 from the disk, else 100, as in `offload finetune`.
+        save_steps: between commits; None for 1 where all records are on disk, else 100, as in `offload
+            finetune`.
         commit: False keeps mutable records once on the drives, and a crash loses the run.
         flops_per_s: that the device sustains; None takes the machine's.
         tbw_nbytes: bytes that a drive is rated to take in its life; None says nothing of wear.
@@ -52,6 +54,7 @@ class Question:
     batch: int = 16
     length: int = 1024
     home: Tier | None = None
+    host_cache: int | None = None
     rows: int | None = None
     dtype: RecordDType = "bfloat16"
     moments: MomentDType = "float32"
@@ -70,6 +73,8 @@ class Question:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.rows is not None and not 0 < self.rows <= self.batch:
             raise ConfigError(f"rows must be 1 to {self.batch}, the rows of a step, got {self.rows}")
+        if self.host_cache is not None and self.host_cache < 0:
+            raise ConfigError(f"host_cache must not be negative, got {self.host_cache}")
         # Raises for a format that cannot be.
         RecordFormat(self.dtype, moments=self.moments)
         if self.home is Tier.DISK and not self.machine.drives:

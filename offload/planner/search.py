@@ -152,7 +152,8 @@ def _choose(plans: Sequence[TrainingPlan]) -> TrainingPlan | None:
         return None
     fastest_s = min(plan.step_s for plan in plans)
     alike = [plan for plan in plans if plan.step_s <= fastest_s * (1 + _ALIKE)]
-    return min(alike, key=lambda plan: (plan.step_written_nbytes, plan.step_s))
+    # With everything in host memory, a home there is the plainer way to say so.
+    return min(alike, key=lambda plan: (plan.step_written_nbytes, plan.step_s, plan.memory.home is Tier.DISK))
 
 
 def _plain_nbytes(question: Question, model: ModelFacts) -> int:

@@ -273,9 +273,12 @@ class FinetuneConfig(BaseModel):
     home: Literal["disk", "host", "device"] = Field(
         "disk", description="Where the state rests between uses; commits write what changed to the drives."
     )
+    host_cache: Size = Field(
+        0, description="Of host_memory, bytes of records on disk to keep there; offload plan says how many."
+    )
     save_steps: Positive | None = Field(
         None,
-        description=f"Steps between commits; 1 with home: disk, else {MEMORY_SAVE_STEPS}. A stop commits.",
+        description=f"Steps between commits; 1 if all is on disk, else {MEMORY_SAVE_STEPS}. A stop commits.",
     )
     io_engine: EngineName | None = Field(None, description="I/O engine; the fastest that works here.")
     queue_depth: Positive | None = Field(
@@ -310,8 +313,8 @@ class FinetuneConfig(BaseModel):
 
     @property
     def commit_steps(self) -> int:
-        """Steps between commits: `save_steps`, or what suits the home."""
-        return self.save_steps or (1 if self.home == "disk" else MEMORY_SAVE_STEPS)
+        """Steps between commits: `save_steps`, or what suits where the state is."""
+        return self.save_steps or (1 if self.home == "disk" and not self.host_cache else MEMORY_SAVE_STEPS)
 
     @property
     def rows_per_step(self) -> int:

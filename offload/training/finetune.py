@@ -258,6 +258,7 @@ def _options(job: _Job, pointer: RunPointer, *, resume: bool) -> RuntimeOptions:
         run_id=pointer.run_id,
         resume=resume,
         home=config.tier,
+        host_cache_nbytes=config.host_cache,
         save_steps=config.commit_steps,
         io_engine=config.io_engine,
         queue_depth=config.queue_depth,

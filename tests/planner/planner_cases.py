@@ -84,7 +84,8 @@ def machine(*, memory: int = 128 * GIB, drives: int = 1, device: int | None = 24
 
 
 def question(on: Machine | None = None, **changes: Any) -> Question:
-    """A question with the default budgets of its machine, but for `changes`."""
+    """A question with the default budgets of its machine and no cache, but for `changes`."""
     chosen = machine() if on is None else on
     host, device = default_budgets(chosen)
-    return replace(Question(machine=chosen, host_memory=host, device_memory=device), **changes)
+    plain = Question(machine=chosen, host_memory=host, device_memory=device, host_cache=0)
+    return replace(plain, **changes)

@@ -195,6 +195,33 @@ def test_what_a_lack_asks_for_is_enough_and_less_is_not():
         assert isinstance(lay_out(less, SMALL, Choice(home, "float32", None)), Lack)
 
 
+def test_memory_that_is_left_is_a_cache_and_the_drives_have_less_to_do():
+    plain = plan_training(fourninety(1, 16), shape("llama-65b")).plan
+    cached = plan_training(replace(fourninety(1, 16), host_cache=None), shape("llama-65b")).plan
+    assert (plain.memory.host_cache_nbytes, plain.options.save_steps) == (0, 1)
+    assert cached.memory.home is Tier.DISK
+    assert cached.options.save_steps == 100
+    # 108.8 GiB are the budget, and a third of them streams the other 80 % of the state.
+    assert 70 * GIB < cached.memory.host_cache_nbytes < 80 * GIB
+    assert cached.host_nbytes <= fourninety(1, 16).host_memory
+    assert cached.traffic.disk_read_nbytes < 0.85 * plain.traffic.disk_read_nbytes
+    assert cached.traffic.disk_written_nbytes < 0.9 * plain.traffic.disk_written_nbytes
+    assert cached.step_s < 0.87 * plain.step_s
+    asked = replace(fourninety(1, 16), host_cache=16 * GIB)
+    given = plan_training(asked, shape("llama-65b")).plan
+    assert 15.9 * GIB < given.memory.host_cache_nbytes <= 16 * GIB
+    text = to_text(answer_sections(plan_training(asked, shape("llama-65b"))))
+    assert "host: 16.0 GiB are records kept there, 4% of the state" in text
+    assert "host_cache: 16384MiB" in text
+
+
+def test_a_cache_that_does_not_fit_is_a_lack_of_host_memory():
+    asked = question(machine(memory=8 * GIB), host_memory=64 * MIB, host_cache=64 * MIB, batch=2, length=128)
+    lack = lay_out(asked, SMALL, Choice(Tier.DISK, "float32", None))
+    assert isinstance(lack, Lack)
+    assert lack.tier is Tier.HOST
+
+
 def test_too_little_room_on_a_drive_is_a_lack_with_the_drives_that_would_do():
     asked = question(batch=4, room_nbytes=(10**11,), home=Tier.DISK)
     answer = plan_training(asked, shape("llama-7b"))

@@ -241,6 +241,31 @@ def test_a_runtime_attached_with_the_settings_of_a_plan_has_its_memory(moments, 
     assert disk == plan.drive_nbytes
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("host", [600 << 10, 800 << 10, MIB])
+def test_a_runtime_has_the_cache_of_its_plan(host, clip, tmp_path):
+    model = build("llama")
+    asked = question(
+        machine(memory=GIB, device=None),
+        host_memory=host,
+        host_cache=None,
+        device_memory=64 * MIB,
+        batch=ROWS,
+        length=LENGTH,
+        max_grad_norm=clip,
+    )
+    plan = lay_out(asked, describe_model(model, "llama"), Choice(Tier.DISK, "8bit", None))
+    assert isinstance(plan, TrainingPlan)
+    assert plan.options.save_steps == 100
+    assert plan.memory.host_cache_nbytes > 0
+    assert plan.host_nbytes <= host
+    with offload.attach(model, disk=[tmp_path], device="cpu", **plan.settings) as runtime:
+        train("llama", runtime, model, range(2))
+        runtime.synchronize()
+        assert runtime.plan == plan.memory
+        assert runtime.stats().host_high_water_nbytes == plan.memory.host_nbytes
+
+
 @pytest.mark.parametrize("rows", [None, 2])
 def test_the_memory_of_a_run_that_computes_in_bf16_is_planned(rows, tmp_path):
     model = build("qwen3")

@@ -17,6 +17,7 @@ from offload.training.finetune import finetune
 PLACES: dict[str, list[dict[str, Any]]] = {
     "save_steps": [{}, {"save_steps": 2}, {"save_steps": 5}],
     "home": [{}, {"home": "host"}, {"home": "device"}, {"home": "disk"}, {"home": "host", "save_steps": 2}],
+    "cache": [{}, {"host_cache": "64KiB"}, {"host_cache": "16MiB", "save_steps": 1}, {"home": "host"}],
     "budgets": [{}, {"host_memory": "17200KiB"}, {"device_memory": "4712KiB"}, {"host_memory": "64MiB"}],
     "depth": [{"queue_depth": 1}, {"queue_depth": 64}, {"io_engine": "portable"}, {"io_engine": "threads"}],
     "snapshots": [{"snapshot_steps": 1}, {}, {"snapshot_steps": 2}],
