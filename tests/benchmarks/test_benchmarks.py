@@ -29,6 +29,7 @@ ARGUMENTS = {
     "chunked_loss": [*SMALL, "--rounds", "1", "--steps", "2", "--length", "16", "--chunk", "64KiB"],
     "damaged_checkpoints": ["--steps", "3"],
     "fewest_bytes": [*SMALL, "--moments", "8bit", "--warm-up", "1", "--steps", "1", "--length", "8"],
+    "host_cache": [*SMALL, "--warm-up", "1", "--steps", "2", "--length", "8"],
     "kill_loop": [*SMALL, "--kills", "1", "--steps", "3", "--length", "8"],
     "io": [
         *("--size", "8MiB", "--transfer", "8MiB", "--rounds", "1", "--cells", "*:128k:*"),
@@ -51,6 +52,7 @@ COLUMNS = {
     "chunked_loss": {"round", "contender", "step", "step_s", "peak_nbytes", "loss"},
     "damaged_checkpoints": {"contender", "damage", "handled", "outcome"},
     "fewest_bytes": {"micro_batches", "step", "kernel_read", "kernel_written", "runtime_read"},
+    "host_cache": {"cached", "step", "committed", "loss", "seconds"},
     "kill_loop": {"killed at", "status", "resumed at step"},
     "io": {"part", "op", "block_nbytes", "depth", "round", "contender", "nbytes", "elapsed_s", "cpu_s"},
     "verify": {"part", "round", "contender", "nbytes", "elapsed_s", "cpu_s"},
