@@ -1,7 +1,8 @@
 """The update of one optimizer chunk, whose elements belong to several parameters.
 
 A chunk of a unit's flat space crosses parameter boundaries, and parameters differ in weight decay or
-learning rate: the kernel is called once per run of equal settings. The padding behind a parameter goes
+learning rate: the kernel is called once per run of equal settings, and once per parameter where it rounds at
+random, with the parameter's own random numbers. The padding behind a parameter goes
 with it (zero in every array, the gradient included, and AdamW keeps it zero). Runs cover the chunk
 without gap or overlap. Elements are independent, and with 8-bit moments blocks of 128 are, where tensors
 and chunks begin; so neither cut changes a result. Memory is the caller's; nothing is kept from one call
@@ -11,7 +12,7 @@ to the next.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,38 +100,38 @@ def update_chunk(
     moments_8bit = _moments_8bit(views)
     if moments_8bit is not None and backend != "kernel":
         raise ValueError(f"8-bit moments are updated by backend='kernel' alone, got {backend!r}")
-    for run in settings_runs(layout.trainable, chunk.start, chunk.stop, settings):
-        in_chunk = slice(run.start - chunk.start, run.stop - chunk.start)
-        in_unit = slice(run.start, run.stop)
-        residual = None if views.residual is None else views.residual[in_chunk]
-        if moments_8bit is None:
-            adamw_update(
-                gradient[in_chunk],
-                weights[in_unit],
-                residual,
-                views.exp_avg[in_chunk],
-                views.exp_avg_sq[in_chunk],
-                settings=run.settings,
-                step=step,
-                grad_scale=grad_scale,
-                num_threads=num_threads,
-                backend=backend,
-            )
-        else:
-            exp_avg, exp_avg_sq = moments_8bit
+    if moments_8bit is not None:
+        exp_avg, exp_avg_sq = moments_8bit
+        for start, stop, spec in _tensors_between(layout.trainable, chunk.start, chunk.stop):
+            in_chunk = slice(start - chunk.start, stop - chunk.start)
             adamw_update_8bit(
                 gradient[in_chunk],
-                weights[in_unit],
-                residual,
+                weights[start:stop],
+                None if views.residual is None else views.residual[in_chunk],
                 exp_avg.part(in_chunk),
                 exp_avg_sq.part(in_chunk),
-                settings=run.settings,
+                settings=settings[spec.name],
                 step=step,
                 grad_scale=grad_scale,
-                seed=_seed_of(layout.name),
-                first_element=run.start,
+                seed=_seed_of(spec.name),
+                first_element=start - spec.offset,
                 num_threads=num_threads,
             )
+        return
+    for run in settings_runs(layout.trainable, chunk.start, chunk.stop, settings):
+        in_chunk = slice(run.start - chunk.start, run.stop - chunk.start)
+        adamw_update(
+            gradient[in_chunk],
+            weights[run.start : run.stop],
+            None if views.residual is None else views.residual[in_chunk],
+            views.exp_avg[in_chunk],
+            views.exp_avg_sq[in_chunk],
+            settings=run.settings,
+            step=step,
+            grad_scale=grad_scale,
+            num_threads=num_threads,
+            backend=backend,
+        )
 
 
 def settings_runs(
@@ -148,21 +149,28 @@ def settings_runs(
         ValueError: there are elements but no tensors.
         KeyError: a tensor in the range has no settings.
     """
-    if start < stop and not tensors:
-        raise ValueError(f"elements {start} to {stop} belong to no tensor: the unit has none")
     runs: list[SettingsRun] = []
-    for index, spec in enumerate(tensors):
-        # A tensor's elements reach to the next tensor, so that padding belongs to someone.
-        begin = max(start, spec.offset if index else 0)
-        end = min(stop, tensors[index + 1].offset) if index + 1 < len(tensors) else stop
-        if begin >= end:
-            continue
+    for begin, end, spec in _tensors_between(tensors, start, stop):
         own = settings[spec.name]
         if runs and runs[-1].settings == own:
             runs[-1] = SettingsRun(runs[-1].start, end, own)
         else:
             runs.append(SettingsRun(begin, end, own))
     return tuple(runs)
+
+
+def _tensors_between(
+    tensors: Sequence[TensorSpec], start: int, stop: int
+) -> Iterator[tuple[int, int, TensorSpec]]:
+    """Yield the parts of [start, stop) that belong to one tensor each, with it."""
+    if start < stop and not tensors:
+        raise ValueError(f"elements {start} to {stop} belong to no tensor: the unit has none")
+    for index, spec in enumerate(tensors):
+        # A tensor's elements reach to the next tensor, so that padding belongs to someone.
+        begin = max(start, spec.offset if index else 0)
+        end = min(stop, tensors[index + 1].offset) if index + 1 < len(tensors) else stop
+        if begin < end:
+            yield begin, end, spec
 
 
 def _moments_8bit(views: OptimizerViews) -> tuple[Moment8bit, Moment8bit] | None:
@@ -175,9 +183,10 @@ def _moments_8bit(views: OptimizerViews) -> tuple[Moment8bit, Moment8bit] | None
     )
 
 
-def _seed_of(unit: str) -> int:
-    """Return the seed of a unit's random numbers, 64 bits; part of what makes a run the same run.
+def _seed_of(tensor: str) -> int:
+    """Return the seed of a tensor's random numbers, 64 bits; part of what makes a run the same run.
 
-    Not Python's `hash`, which differs from process to process.
+    Of the tensor, not of its unit: how a model is cut into units must not change what it learns. Not Python's
+    `hash`, which differs from process to process.
     """
-    return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(tensor.encode()).digest()[:8], "little")
