@@ -66,5 +66,6 @@ def saved_inputs(model: ModelFacts, batch: int, length: int, itemsize: int) -> S
     Args:
         itemsize: bytes of an element in the compute dtype.
     """
-    each = align_up(batch * length * model.hidden_size * itemsize, _PAGE_NBYTES)
-    return SavedInputs((each,) * sum(1 for unit in model.units if unit.name not in model.lookups))
+    element_nbytes = batch * length * itemsize
+    widths = model.input_widths.values()
+    return SavedInputs(tuple(align_up(width * element_nbytes, _PAGE_NBYTES) for width in widths))

@@ -1,16 +1,16 @@
 """Lays one choice of home, formats and rows out on a machine: a plan, or what it lacks. Pure.
 
-The memory is laid out by the runtime's own `plan_memory`, asked as `offload.attach` asks it, so what fits
-here fits there. Two things come on top that the runtime finds out by running: the saved inputs of the
-whole batch, and torch's temporaries on the device. Room for the first is asked for (`activations_nbytes`)
-where the runtime's share would not do, and on the drives (`activations_disk_nbytes`) where no budget of host
-memory with that much fits; the second is kept off the device budget.
+The cut into units is chosen as `offload.attach` chooses it, and its memory laid out by the runtime's own
+`plan_memory`, so what fits here fits there. Two things come on top that the runtime finds out by running:
+the saved inputs of the whole batch, and torch's temporaries on the device. Room for the first is asked for
+(`activations_nbytes`) where the runtime's share would not do, and on the drives (`activations_disk_nbytes`)
+where no budget of host memory with that much fits; the second is kept off the device budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..device.cuda_staging import STAGING_NBYTES
@@ -67,15 +67,23 @@ def row_choices(question: Question) -> tuple[int | None, ...]:
 
 def lay_out(question: Question, model: ModelFacts, choice: Choice) -> TrainingPlan | Lack:
     """Return the plan of a choice, or the first tier that is too small for it."""
-    setup = _Setup(question, model, choice, _options(question, choice))
-    lack = _lack_of_memory(setup) or _lack_of_room(setup, None)
+    options = _options(question, choice)
+    setups = [_Setup(question, cut, choice, options) for cut in model.cuts]
+    lacks = [_lack_of_memory(setup) for setup in setups]
+    if None not in lacks:
+        return min(filter(None, lacks), key=lambda lack: lack.missing_nbytes)
+    chosen = lacks.index(None)
+    setup = setups[chosen]
+    lack = _lack_of_room(setup, None)
     if lack is not None:
         return lack
-    memory, asks = _plan(setup)
+    memory, asks = _plan(setup, setups[:chosen])
     cache_nbytes = _spare_nbytes(setup, memory)
     if cache_nbytes:
-        setup = _Setup(question, model, choice, _options(question, choice, cache_nbytes))
-        memory, asks = _plan(setup)
+        options = _options(question, choice, cache_nbytes)
+        setups = [_Setup(question, one.model, choice, options) for one in setups[: chosen + 1]]
+        setup = setups[chosen]
+        memory, asks = _plan(setup, setups[:chosen])
     lack = _lack_of_room(setup, memory)
     if lack is not None:
         return lack
@@ -154,17 +162,22 @@ def _options(question: Question, choice: Choice, cache_nbytes: int | None = None
     )
 
 
-def _plan(setup: _Setup) -> tuple[MemoryPlan, bool]:
-    """Return the memory that the runtime would lay out, and whether it must be told of the saved inputs."""
-    memory = _plan_memory(setup, DEFAULT_ACTIVATIONS_NBYTES, fill=True)
-    if memory is not None and memory.activations_nbytes >= setup.saved.nbytes:
+def _plan(setup: _Setup, coarser: Sequence[_Setup]) -> tuple[MemoryPlan, bool]:
+    """Return the memory that the runtime would lay out, and whether it must be told of the saved inputs.
+
+    Untold, it would take one of the `coarser` cuts if only their saved inputs had no room.
+    """
+    limit = setup.arena_limit_nbytes
+    memory = _plan_memory(setup, DEFAULT_ACTIVATIONS_NBYTES, limit, fill=True)
+    others = [_plan_memory(one, DEFAULT_ACTIVATIONS_NBYTES, limit, fill=True) for one in coarser]
+    if memory is not None and memory.activations_nbytes >= setup.saved.nbytes and not any(others):
         return memory, False
-    memory = _plan_memory(setup, setup.saved.nbytes, fill=False)
+    memory = _plan_memory(setup, setup.saved.nbytes, limit, fill=False)
     if memory is None:
         # What is left of the host budget keeps as many of them as it can.
-        filled = _plan_memory(setup, setup.saved.least_nbytes, fill=True)
+        filled = _plan_memory(setup, setup.saved.least_nbytes, limit, fill=True)
         assert filled is not None, "the smallest plan fits"
-        memory = _plan_memory(setup, filled.activations_nbytes, fill=False)
+        memory = _plan_memory(setup, filled.activations_nbytes, limit, fill=False)
         assert memory is not None, "what was filled fits as asked for"
     return memory, True
 
@@ -180,12 +193,14 @@ def _spare_nbytes(setup: _Setup, memory: MemoryPlan) -> int:
     return align_down(left - 4096, MIB if left >= GIB else 4096) if left > least else 0
 
 
-def _plan_memory(setup: _Setup, activations_nbytes: int, *, fill: bool) -> MemoryPlan | None:
+def _plan_memory(
+    setup: _Setup, activations_nbytes: int, device_limit_nbytes: int, *, fill: bool
+) -> MemoryPlan | None:
     try:
         return plan_memory(
             setup.memory_request(activations_nbytes),
             host_limit_nbytes=setup.question.host_memory,
-            device_limit_nbytes=setup.arena_limit_nbytes,
+            device_limit_nbytes=device_limit_nbytes,
             fill_activations=fill,
         )
     except CapacityError:
@@ -210,6 +225,7 @@ def _finish(setup: _Setup, options: RuntimeOptions, memory: MemoryPlan) -> Train
         batch=question.batch,
         length=question.length,
         num_parameters=model.num_parameters,
+        num_units=len(model.units),
         traffic=traffic,
         links=links,
         step_s=step_s,
@@ -247,6 +263,11 @@ def _notes(setup: _Setup, options: RuntimeOptions) -> tuple[str, ...]:
         notes.append(
             f"saved inputs need {format_bytes(setup.saved.nbytes)}, more than a run would leave them by"
             f" itself: it needs activations_nbytes={options.activations_nbytes}{_disk_words(options)}"
+        )
+    if setup.model.between_width:
+        notes.append(
+            "layers are cut into parts to fit the device, so some activations of each stay on it from forward"
+            " to backward: rows of a step cost more there"
         )
     limit = setup.model.max_positions
     if limit is not None and question.length > limit:

@@ -1,13 +1,15 @@
 """What a plan has to know of a model: its units and a few dimensions, from its configuration alone.
 
-The model is built on the meta device, so no weight exists; its units are found as `offload.attach` finds
-them. No file is read here: who calls has the configuration.
+The model is built on the meta device, so no weight exists; its units, and the finer ones that a small device
+makes of them, are found as `offload.attach` finds them. No file is read here: who calls has the
+configuration.
 
 Thread rule: the caller's thread; building sets torch's default device for a moment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import ConfigError
 from ..tiers.schedule import Schedule
-from ..units import LossHead, Unit, find_loss_head, find_units
+from ..units import LossHead, Unit, find_cuts, find_loss_head
 from .shapes import Shape
 
 __all__ = ["ModelFacts", "config_of_shape", "describe_config", "describe_model"]
@@ -28,7 +30,7 @@ class ModelFacts:
 
     Attributes:
         name: for people.
-        units: as `find_units` returns them.
+        units: as `find_units` returns them, or a finer cut.
         lookups: names of the units that look tokens or positions up: they save no input, and do not multiply.
         num_parameters: each counted once, without padding.
         multiplied_numel: parameters that a token is multiplied with; a tied table counts as the head.
@@ -39,6 +41,10 @@ class ModelFacts:
         vocab_size: logits of a token.
         max_positions: tokens that a row may have; None where the configuration does not say.
         loss_head: the head whose loss a run computes in chunks of tokens; None when it cannot.
+        input_widths: elements of a token that each unit gets from the one before, by unit name.
+        between_width: elements of a token that autograd keeps on the device between the parts of units that
+            were cut; see [Note: temporaries] in work.py.
+        finer: the same model in the next finer cut; None where no unit may be cut.
     """
 
     name: str
@@ -53,6 +59,17 @@ class ModelFacts:
     vocab_size: int
     max_positions: int | None
     loss_head: LossHead | None
+    input_widths: Mapping[str, int]
+    between_width: int
+    finer: ModelFacts | None = None
+
+    @property
+    def cuts(self) -> Iterator[ModelFacts]:
+        """This cut and every finer one."""
+        cut: ModelFacts | None = self
+        while cut is not None:
+            yield cut
+            cut = cut.finer
 
     @property
     def trains(self) -> dict[str, tuple[str, ...]]:
@@ -95,7 +112,17 @@ def describe_model(model: torch.nn.Module, name: str) -> ModelFacts:
         ConfigError: its configuration lacks a dimension that a plan needs.
         UnitError: it cannot be cut into units.
     """
-    units = find_units(model)
+    finer = None
+    # The coarsest comes first, and refers to the next.
+    for units in reversed(list(find_cuts(model))):
+        finer = _describe_cut(model, name, units, finer)
+    assert finer is not None, "there is at least one cut"
+    return finer
+
+
+def _describe_cut(
+    model: torch.nn.Module, name: str, units: tuple[Unit, ...], finer: ModelFacts | None
+) -> ModelFacts:
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     lookups = frozenset(
@@ -122,7 +149,31 @@ def describe_model(model: torch.nn.Module, name: str) -> ModelFacts:
         vocab_size=_dimension(config, "vocab_size", name),
         max_positions=getattr(config, "max_position_embeddings", None),
         loss_head=find_loss_head(model, [unit.name for unit in units]),
+        input_widths={
+            unit.name: _widths(model.get_submodule(unit.name), hidden)[0]
+            for unit in units
+            if unit.name not in lookups
+        },
+        between_width=_between_width(model, units),
+        finer=finer,
     )
+
+
+def _widths(module: torch.nn.Module, otherwise: int) -> tuple[int, int]:
+    """Return the elements of a token that a linear takes and gives; `otherwise` twice for other modules."""
+    # GPT-2's Conv1D calls them nx and nf.
+    taken = getattr(module, "in_features", None) or getattr(module, "nx", None) or otherwise
+    return taken, getattr(module, "out_features", None) or getattr(module, "nf", None) or otherwise
+
+
+def _between_width(model: torch.nn.Module, units: tuple[Unit, ...]) -> int:
+    outputs: dict[str, list[int]] = {}
+    for unit in units:
+        width = _widths(model.get_submodule(unit.name), 0)[1]
+        if unit.is_part and width:
+            outputs.setdefault(unit.name.rpartition(".")[0], []).append(width)
+    # Of a gated MLP: what both projections give, and the activation of one; the last linear's input is saved.
+    return sum(sum(widths[:-1]) + max(widths[:-1], default=0) for widths in outputs.values())
 
 
 def _dimension(config: Any, key: str, name: str) -> int:

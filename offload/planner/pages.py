@@ -106,10 +106,11 @@ def refusal_text(answer: Answer, commands: Sequence[str]) -> str:
 
 def _question_section(answer: Answer) -> Section:
     question, model = answer.question, answer.model
+    num_units = len(model.units) if answer.plan is None else answer.plan.num_units
     return Section(
         f"Plan for {model.name}",
         (
-            ("model", f"{model.num_parameters / 1e9:,.2f} x 10^9 parameters in {len(model.units)} units"),
+            ("model", f"{model.num_parameters / 1e9:,.2f} x 10^9 parameters in {num_units} units"),
             ("machine", _machine_words(question.machine)),
             ("figures", question.machine.measured_at),
             (

@@ -28,6 +28,7 @@ class TrainingPlan:
         batch: rows of a step.
         length: tokens of a row.
         num_parameters: of the model.
+        num_units: that it is cut into.
         traffic: bytes of a step.
         links: busy times of a step.
         step_s: seconds of a step.
@@ -47,6 +48,7 @@ class TrainingPlan:
     batch: int
     length: int
     num_parameters: int
+    num_units: int
     traffic: Traffic
     links: tuple[Link, ...]
     step_s: float

@@ -10,7 +10,9 @@ et al. 2022, arXiv 2204.02311, appendix B.
 10 x hidden + 4 x intermediate elements a token (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1,
 with attention that never writes its scores, and a gated MLP). The whole batch has four tensors of the
 hidden width between two units. Where the loss is not computed in chunks of tokens, logits of the whole batch
-exist at once (`units.logits_nbytes`).
+exist at once (`units.logits_nbytes`). Where units were cut into parts, autograd keeps what lies between the
+parts of every layer from forward to backward, for the whole batch: of a gated MLP both projections and the
+activation.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def temporaries_nbytes(
         full_logits: the logits of the whole batch exist at once.
     """
     tokens = batch * length
-    between = 4 * tokens * model.hidden_size * itemsize
+    between = tokens * (4 * model.hidden_size + model.between_width) * itemsize
     inside = rows * length * (10 * model.hidden_size + 4 * model.intermediate_size) * itemsize
     logits = logits_nbytes(tokens, model.vocab_size, itemsize) if full_logits else 0
     return between + max(inside, logits)

@@ -1,15 +1,21 @@
-"""What a runtime is to be built for, settled before anything is opened or reserved. No behaviour."""
+"""What a runtime is to be built for, settled before memory is reserved. No behaviour.
+
+[Note: the choice of a cut] A run takes the coarsest cut whose memory plan fits its budgets: larger units are
+fewer, and keep what lies between modules out of device memory. Only a unit that is too large for the budgets
+is cut into its parts (a decoder layer into attention, MLP and norms; an MLP into its linears). A run that
+goes on keeps the cut that it was begun with, which its records tell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..tiers.records import RecordSet, record_sets
 from ..tiers.schedule import Schedule
-from ..units import LossHead, Unit, find_loss_head, find_units
+from ..units import LossHead, Unit, find_cuts, find_loss_head
 from .options import RuntimeOptions
 
 __all__ = ["Blueprint"]
@@ -47,13 +53,16 @@ class Blueprint:
         return frozenset(self.trains[self.loss_head.unit])
 
     @classmethod
-    def of(cls, model: torch.nn.Module, options: RuntimeOptions) -> Blueprint:
-        """Return the blueprint of `model`.
+    def cuts(cls, model: torch.nn.Module, options: RuntimeOptions) -> Iterator[Blueprint]:
+        """Yield the blueprints of every cut of `model`, the coarsest first; there is at least one.
 
         Raises:
             UnitError: it cannot be cut into units.
         """
-        units = find_units(model)
+        return (cls._of(model, options, units) for units in find_cuts(model))
+
+    @classmethod
+    def _of(cls, model: torch.nn.Module, options: RuntimeOptions, units: tuple[Unit, ...]) -> Blueprint:
         layouts = (unit.layout for unit in units)
         return cls(
             model=model,

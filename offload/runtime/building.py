@@ -8,7 +8,6 @@ Thread rule: one thread; the parts that have threads of their own start them.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,38 +36,38 @@ from ..tiers.spill import Spill
 from ..tiers.transfer import Transfer
 from ..trace import Tracer
 from .blueprint import Blueprint
-from .parts import Committed, Parts
+from .parts import Committed, Opened, Parts
 from .resume_point import count_in
 from .rng import DeviceRng
-from .storage import open_scratch, open_spill_scratch, open_store
+from .storage import OpenRun, create_run, open_scratch, open_spill_scratch
 
 __all__ = ["build_parts"]
 
 
 def build_parts(
-    blueprint: Blueprint, device: Device, plan: MemoryPlan, trace: Tracer, undo: contextlib.ExitStack
+    blueprint: Blueprint,
+    device: Device,
+    plan: MemoryPlan,
+    run: OpenRun | None,
+    trace: Tracer,
+    opened: Opened,
 ) -> Parts:
-    """Open the store, reserve the memory of `plan`, start the threads, and return the parts.
+    """Create a new run, reserve the memory of `plan`, start the threads, and return the parts.
 
     Args:
         blueprint: what is built.
         device: open.
         plan: made for `blueprint` and `device`.
+        run: that goes on; None where a new one begins.
         trace: records spans and counters.
-        undo: closes what was made when something behind it fails.
+        opened: closes what was made when something behind it fails.
 
     Raises:
         StorageError: a directory cannot be used, or the drives have too little room.
         CapacityError: the memory of the plan is not to be had.
     """
-    closers: list[Any] = [device]
-
-    def own(part: Any) -> Any:
-        closers.append(part)
-        undo.callback(part.close)
-        return part
-
-    base = _lay_base(blueprint, device, plan, trace, own)
+    undo = opened.undo
+    base = _lay_base(blueprint, device, plan, run or create_run(blueprint, opened.own), trace, opened.own)
     transfer = _transfer(base)
     undo.callback(transfer.close)
     store = base.store
@@ -112,7 +111,7 @@ def build_parts(
         rng=DeviceRng(device.torch_device),
         trace=trace,
         progress=progress,
-        closers=closers,
+        closers=opened.closers,
     )
 
 
@@ -146,9 +145,14 @@ class _Base:
 
 
 def _lay_base(
-    blueprint: Blueprint, device: Device, plan: MemoryPlan, trace: Tracer, own: Callable[[Any], Any]
+    blueprint: Blueprint,
+    device: Device,
+    plan: MemoryPlan,
+    run: OpenRun,
+    trace: Tracer,
+    own: Callable[[Any], Any],
 ) -> _Base:
-    store, drive_speeds = open_store(blueprint, own)
+    store = run.store
     scratch = open_scratch(blueprint, plan, store, own)
     spill_scratch = open_spill_scratch(blueprint.options, store, own)
     host_budget = Budget(Tier.HOST, blueprint.options.host_memory)
@@ -161,7 +165,7 @@ def _lay_base(
         plan=plan,
         trace=trace,
         store=store,
-        drive_speeds=drive_speeds,
+        drive_speeds=run.drive_speeds,
         scratch=scratch,
         host_budget=host_budget,
         host=host,

@@ -1,8 +1,9 @@
 """Puts a model under a runtime: the composition root.
 
-The order matters: cut the model, open the device, plan memory (and refuse before anything is touched),
-build the parts (`building.py`: open the store, reserve memory, start the threads), fill the records from
-their source or recover them, and only then replace the model's parameters and take over its units.
+The order matters: cut the model, open the device and the run that goes on, plan memory (and refuse before
+anything is touched), build the parts (`building.py`: create the store, reserve memory, start the threads),
+fill the records from their source or recover them, and only then replace the model's parameters and take
+over its units.
 """
 
 from __future__ import annotations
@@ -15,24 +16,28 @@ from typing import Any
 import torch
 
 from ..device import Device, open_device
-from ..errors import ConfigError, StateError
+from ..errors import CapacityError, ConfigError, StateError
 from ..optim import StreamedAdamW, default_param_groups
 from ..sources import ModuleSource, WeightSource
+from ..store import Store
 from ..tiers.memory_plan import MemoryPlan
 from ..tiers.memory_planning import plan_memory
 from ..tiers.records import RecordSet
 from ..trace import Tracer
+from ..units import why_whole
 from .blueprint import Blueprint
 from .building import build_parts
 from .chunked_loss import ChunkedLoss
+from .identity import check_same_run, has_records
 from .memory import DEFAULT_ACTIVATIONS_NBYTES, memory_request
 from .options import RuntimeOptions
-from .parts import Parts
+from .parts import Opened, Parts
 from .placeholders import placeholder, refuse_load_state_dict, refuse_state_dict, replace_parameters
 from .resume_point import read_resume_point
 from .rng import capture_rng, restore_rng
 from .runtime import Runtime
 from .step import Step
+from .storage import open_run
 from .stream import StreamedUnit
 
 __all__ = ["attach"]
@@ -82,12 +87,14 @@ def attach(
     """
     chosen = _resolve(options, settings)
     tracer = trace or Tracer(enabled=False)
-    blueprint = Blueprint.of(model, chosen)
     groups = [dict(group) for group in param_groups or _default_groups(model, chosen)]
-    _check_groups(groups, blueprint.records)
+    _check_groups(groups, next(Blueprint.cuts(model, chosen)).records)
     with contextlib.ExitStack() as undo:
-        device = undo.enter_context(open_device(chosen.device, device_memory=chosen.device_memory))
-        parts = build_parts(blueprint, device, _plan(blueprint, device), tracer, undo)
+        opened = Opened(undo)
+        device = opened.own(open_device(chosen.device, device_memory=chosen.device_memory))
+        run = open_run(chosen, opened.own)
+        blueprint, plan = _plan(Blueprint.cuts(model, chosen), device, None if run is None else run.store)
+        parts = build_parts(blueprint, device, plan, run, tracer, opened)
         state: Mapping[str, Any] = {}
         if chosen.resume:
             state = _recover(parts)
@@ -129,7 +136,30 @@ def _check_groups(groups: list[dict[str, Any]], records: Mapping[str, RecordSet]
         )
 
 
-def _plan(blueprint: Blueprint, device: Device) -> MemoryPlan:
+def _plan(
+    blueprints: Iterable[Blueprint], device: Device, store: Store | None
+) -> tuple[Blueprint, MemoryPlan]:
+    """Return the blueprint that a run takes, or has, with its memory; see [Note: the choice of a cut]."""
+    if store is not None:
+        coarsest, *finer = blueprints
+        # One with other records is refused with what differs.
+        begun = (one for one in (coarsest, *finer) if has_records(store, one.records))
+        blueprint = next(begun, coarsest)
+        check_same_run(store, blueprint.options, blueprint.records)
+        blueprints = (blueprint,)
+    refusal: CapacityError | None = None
+    for blueprint in blueprints:
+        try:
+            return blueprint, _plan_memory(blueprint, device)
+        except CapacityError as error:
+            # What the finest lacks is told. A coarser one can need a little less: norms between large units
+            # leave its window emptier.
+            refusal = error
+    kept = None if store is None else f"run {store.run_id} keeps the units that it was begun with"
+    raise CapacityError(f"{refusal}\n  {kept or _about_units(blueprint)}") from refusal
+
+
+def _plan_memory(blueprint: Blueprint, device: Device) -> MemoryPlan:
     options = blueprint.options
     activations_nbytes = options.activations_nbytes or DEFAULT_ACTIVATIONS_NBYTES
     return plan_memory(
@@ -146,6 +176,14 @@ def _plan(blueprint: Blueprint, device: Device) -> MemoryPlan:
         device_limit_nbytes=device.budget.free_nbytes,
         fill_activations=options.activations_nbytes is None,
     )
+
+
+def _about_units(finest: Blueprint) -> str:
+    records = finest.records
+    largest = max(records, key=lambda owner: records[owner].device_nbytes)
+    numel = records[largest].layout.trainable_numel + records[largest].layout.frozen_numel
+    reason = why_whole(finest.model.get_submodule(largest)) or "another unit holds parts of it"
+    return f"the largest unit is {largest!r}, {numel:,} parameters, and cut no further: {reason}"
 
 
 def _recover(parts: Parts) -> Mapping[str, Any]:

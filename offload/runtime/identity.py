@@ -19,7 +19,7 @@ from ..store import Store
 from ..tiers.records import RecordSet, store_records
 from .options import RuntimeOptions
 
-__all__ = ["check_same_run", "run_identity"]
+__all__ = ["check_same_run", "has_records", "run_identity"]
 
 
 def run_identity(
@@ -34,6 +34,11 @@ def run_identity(
         tuple(persistent_buffers(model)),
     )
     return {**_meaning(options, records), CONTENTS_KEY: describe_contents(contents)}
+
+
+def has_records(store: Store, records: Mapping[str, RecordSet]) -> bool:
+    """Return whether an open run has records of these names, so that it was cut into these units."""
+    return set(store.records) == {spec.name for spec in store_records(records)}
 
 
 def check_same_run(store: Store, options: RuntimeOptions, records: Mapping[str, RecordSet]) -> None:

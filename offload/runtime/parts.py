@@ -5,6 +5,7 @@ Owns nothing by itself; the runtime closes what `closers` lists. No behaviour.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,26 @@ from ..units import Unit
 from .options import RuntimeOptions
 from .rng import DeviceRng
 
-__all__ = ["Committed", "Parts"]
+__all__ = ["Committed", "Opened", "Parts"]
+
+
+class Opened:
+    """What was opened, in order: closed last to first by `undo` when attaching fails, later by the runtime.
+
+    Attributes:
+        undo: closes what was opened, and whatever else is entered into it.
+        closers: what the runtime closes.
+    """
+
+    def __init__(self, undo: contextlib.ExitStack) -> None:
+        self.undo = undo
+        self.closers: list[Any] = []
+
+    def own(self, part: Any) -> Any:
+        """Take `part` over, to be closed, and return it."""
+        self.closers.append(part)
+        self.undo.callback(part.close)
+        return part
 
 
 class Committed:

@@ -7,7 +7,8 @@ removed again, so that a refusal leaves nothing behind.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..aio import open_engine
@@ -20,60 +21,84 @@ from ..tiers.memory_plan import MemoryPlan
 from ..tiers.records import store_records
 from ..tiers.spill import Spill, chunk_nbytes_of
 from .blueprint import Blueprint
-from .identity import check_same_run, run_identity
+from .identity import run_identity
 from .io_setting import choose_io_setting
 from .measured import MeasuredDrives
 from .options import RuntimeOptions
 from .stripes import choose_weights, log_stripes
 
-__all__ = ["open_scratch", "open_spill_scratch", "open_store"]
+__all__ = ["OpenRun", "create_run", "open_run", "open_scratch", "open_spill_scratch"]
 
 _log = logging.getLogger("offload")
 
 
-def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> tuple[Store | None, dict[str, DriveSpeed]]:
-    """Create the run's store, or open it for a resume.
+@dataclass(frozen=True)
+class OpenRun:
+    """A run that is open.
+
+    Attributes:
+        store: None without a disk.
+        drive_speeds: what was measured of its drives, by directory.
+    """
+
+    store: Store | None
+    drive_speeds: Mapping[str, DriveSpeed]
+
+
+def open_run(options: RuntimeOptions, own: Callable[[Any], Any]) -> OpenRun | None:
+    """Open the run that goes on; None where a new one begins.
 
     Args:
-        blueprint: of the run.
+        options: of the run.
         own: takes over an engine or a store, to be closed, and returns it.
 
-    Returns:
-        The store, None without a disk; and what was measured of its drives, by directory.
+    Raises:
+        StorageError: as `Store.open`.
+    """
+    if not options.resume:
+        return None
+    assert options.run_id is not None
+    measured = MeasuredDrives.read(options.disk)
+    engine = _open_engine(options, measured, own)
+    store = own(Store.open(options.disk, engine=engine, run_id=options.run_id))
+    return _opened(store, measured, "as the run was begun")
+
+
+def create_run(blueprint: Blueprint, own: Callable[[Any], Any]) -> OpenRun:
+    """Create a new run, without a store where there is no disk.
 
     Raises:
-        ConfigError: the run that is resumed is of another model or format.
         StorageError: a directory cannot be used, or the drives have too little room.
     """
     options = blueprint.options
     if not options.disk:
-        return None, {}
+        return OpenRun(None, {})
     measured = MeasuredDrives.read(options.disk)
+    weights, reason = choose_weights(measured)
+    store = own(
+        Store.create(
+            options.disk,
+            store_records(blueprint.records),
+            engine=_open_engine(options, measured, own),
+            run_id=options.run_id,
+            chunk_nbytes=options.chunk_nbytes or options.record_format.store_chunk_nbytes,
+            weights=weights,
+            identity=run_identity(blueprint.model, options, blueprint.records),
+            room_for_snapshot=options.room_for_snapshot,
+            in_place=not options.commit,
+        )
+    )
+    return _opened(store, measured, reason)
+
+
+def _open_engine(options: RuntimeOptions, measured: MeasuredDrives, own: Callable[[Any], Any]) -> Any:
     setting = choose_io_setting(options, measured)
-    engine = own(
+    return own(
         open_engine(options.io_engine, queue_depth=setting.queue_depth, segment_nbytes=setting.segment_nbytes)
     )
-    store: Store
-    if options.resume:
-        assert options.run_id is not None
-        store = own(Store.open(options.disk, engine=engine, run_id=options.run_id))
-        check_same_run(store, options, blueprint.records)
-        reason = "as the run was begun"
-    else:
-        weights, reason = choose_weights(measured)
-        store = own(
-            Store.create(
-                options.disk,
-                store_records(blueprint.records),
-                engine=engine,
-                run_id=options.run_id,
-                chunk_nbytes=options.chunk_nbytes or options.record_format.store_chunk_nbytes,
-                weights=weights,
-                identity=run_identity(blueprint.model, options, blueprint.records),
-                room_for_snapshot=options.room_for_snapshot,
-                in_place=not options.commit,
-            )
-        )
+
+
+def _opened(store: Store, measured: MeasuredDrives, reason: str) -> OpenRun:
     log_stripes([meter.load() for meter in store.meters], measured.speeds(), reason)
     if store.in_place:
         _log.warning(
@@ -81,7 +106,7 @@ def open_store(blueprint: Blueprint, own: Callable[[Any], Any]) -> tuple[Store |
             " be resumed only where it ends in order",
             store.run_id,
         )
-    return store, measured.speeds()
+    return OpenRun(store, measured.speeds())
 
 
 def open_scratch(

@@ -56,6 +56,7 @@ from .calls import (
 )
 from .rng import DeviceRng
 from .rows import chunks, cut, join, join_gradient, micro_batches
+from .uses import MAX_USES, Uses
 
 __all__ = ["StreamedUnit", "UnitHost"]
 
@@ -105,6 +106,7 @@ class StreamedUnit:
         self._host = host
         self._binder = ParameterBinder(unit, module, records)
         self._trained_owners = unit.trained_records
+        self._num_places = MAX_USES if unit.is_part else 1
         self._original: Callable[..., Any] = module.forward
         self._had_override = "forward" in vars(module)
         self._warned_cache = False
@@ -128,7 +130,18 @@ class StreamedUnit:
     # -- forward -----------------------------------------------------------------------------
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward with streamed weights, on micro-batches of rows."""
+        """Run the module's own forward with streamed weights, on micro-batches of rows.
+
+        Raises:
+            StateError: an argument has no values: a module around the unit computed with a placeholder.
+        """
+        given = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in given):
+            raise StateError(
+                f"unit {self.unit.name!r} was given a tensor on the meta device, which has no values: what is"
+                " around the units computes with a weight of theirs, which lives in the offload runtime; call"
+                " the module that holds it instead of reading the weight"
+            )
         if not torch.is_grad_enabled():
             return self._infer(self._original, args, kwargs)
         args, kwargs = self._without_cache(args, kwargs)
@@ -183,7 +196,9 @@ class StreamedUnit:
             rng=[],
             autocast=self._autocast(),
         )
-        outputs = _RunUnit.apply(self, call, self._host.anchor, *tensors)  # type: ignore[no-untyped-call]
+        # See [Note: sums of gradients] in uses.py.
+        again = [tensor for tensor in tensors if tensor.requires_grad for _ in range(self._num_places - 1)]
+        outputs = _RunUnit.apply(self, call, self._host.anchor, *tensors, *again)  # type: ignore[no-untyped-call]
         assert call.output_tree is not None and call.output_leaves is not None
         results = iter(outputs)
         filled = [next(results) if leaf is TENSOR else leaf for leaf in call.output_leaves]
@@ -263,7 +278,12 @@ class StreamedUnit:
         kept: Sequence[torch.Tensor | None],
         grad_outputs: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor | None]:
-        """Recompute every micro-batch with a graph and back-propagate; return the inputs' gradients."""
+        """Recompute every micro-batch with a graph and back-propagate.
+
+        Returns:
+            The gradients of the inputs, then those in the further places of each; see
+            [Note: sums of gradients] in uses.py.
+        """
         host = self._host
         if call.attempt != host.attempt:
             raise StateError(
@@ -281,7 +301,7 @@ class StreamedUnit:
                 for index, tensor in zip(call.tensor_indices, kept, strict=True)
             ]
         visit = Visit(self.unit.name, Phase.BACKWARD)
-        gradients: list[list[torch.Tensor | None]] = [[] for _ in inputs]
+        gradients: list[list[list[torch.Tensor | None]]] = [[] for _ in inputs]
         with self._visit(visit, Pass.TRAIN) as weights:
             buffers = host.begin_gradients(self.unit)
             with self._binder.bound(weights, buffers), host.rng.preserved(), buffers_preserved(call):
@@ -294,10 +314,13 @@ class StreamedUnit:
                     for pieces, piece in zip(gradients, part, strict=True):
                         pieces.append(piece)
             host.finish_gradients(self.unit, buffers)
-        return [
-            join_gradient(pieces, tensor, call.batch, call.cuts) if wants else None
-            for pieces, tensor, wants in zip(gradients, inputs, call.wants_grad, strict=True)
+        joined = [
+            [join_gradient(pieces, tensor, call.batch, call.cuts) for pieces in zip(*parts, strict=True)]
+            if wants
+            else [None]
+            for parts, tensor, wants in zip(gradients, inputs, call.wants_grad, strict=True)
         ]
+        return [*(first for first, *_ in joined), *(gradient for _, *rest in joined for gradient in rest)]
 
     def _backward_micro_batch(
         self,
@@ -306,12 +329,14 @@ class StreamedUnit:
         grad_outputs: Sequence[torch.Tensor | None],
         start: int,
         stop: int,
-    ) -> list[torch.Tensor | None]:
+    ) -> list[list[torch.Tensor | None]]:
+        """Return for each input the gradient in each of its places."""
         leaves = [
             None if tensor is None else tensor.detach().requires_grad_(wants)
             for tensor, wants in zip(cut(inputs, call.batch, start, stop), call.wants_grad, strict=True)
         ]
-        with torch.enable_grad(), autocast_as(call):
+        uses = Uses([leaf for leaf in leaves if leaf is not None]) if self.unit.is_part else None
+        with torch.enable_grad(), autocast_as(call), uses or contextlib.nullcontext():
             outputs = tensor_leaves(call, self._run_on(call, leaves))
         pairs = [
             (output, grad)
@@ -320,7 +345,10 @@ class StreamedUnit:
         ]
         if pairs:
             torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
-        return [None if leaf is None else leaf.grad for leaf in leaves]
+        return [
+            [None] if leaf is None else [leaf.grad] if uses is None else uses.gradients(leaf)
+            for leaf in leaves
+        ]
 
     def _run_on(self, call: Call, tensors: Sequence[torch.Tensor | None]) -> Any:
         leaves = list(call.leaves)
@@ -361,6 +389,8 @@ class _RunUnit(torch.autograd.Function):
     def forward(
         ctx: Any, streamed: StreamedUnit, call: Call, anchor: torch.Tensor, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
+        # Behind them come further places of the same tensors, for their gradients.
+        tensors = tensors[: len(call.wants_grad)]
         outputs = streamed.run_forward(call, tensors)
         # See [Note: the graph does not own the runtime].
         ctx.streamed, ctx.call = weakref.ref(streamed), call

@@ -16,6 +16,11 @@ module that is
 It walks on through a module that contains declared blocks, whatever that module's own shape, and
 through one that contains a stack (a container of at least two modules with modules in them), unless
 it is one of several equals in a container: the outermost stack wins, experts stay in their layer.
+
+[Note: finer cuts] A unit found so may be too large for a budget. One whose forward only calls its children
+(`opening.py`) can be cut into them: they become units in its place, in the order in which they are called.
+Others stay whole, however large. What such a module computes between its children (residual sums, the
+product in a gated MLP) belongs to no unit, so autograd keeps its tensors on the device until backward.
 """
 
 from __future__ import annotations
@@ -28,8 +33,9 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import UnitError
+from .opening import inspect_forward
 
-__all__ = ["Cut", "cut_model"]
+__all__ = ["Cut", "cut_model", "finer_cut", "why_whole"]
 
 # The full name and the module of every unit, in order of definition.
 Cut = tuple[tuple[str, nn.Module], ...]
@@ -59,6 +65,37 @@ def cut_model(model: nn.Module) -> Cut:
     return cut
 
 
+def finer_cut(cut: Cut) -> Cut | None:
+    """Return `cut` with its largest units cut into their children, or None where no unit may be.
+
+    All units of the same size are cut alike, since they are the layers of one stack; see [Note: finer cuts].
+    """
+    holders = Counter(id(inner) for _, module in cut for inner in module.modules())
+    sizes = {id(module): _numel(module) for _, module in cut}
+
+    def calls(module: nn.Module) -> tuple[str, ...]:
+        # A part that another unit holds as well would be a unit inside a unit.
+        alone = all(holders[id(inner)] == 1 for inner in module.modules())
+        return inspect_forward(module).calls if alone and _may_open(module) else ()
+
+    modules = sorted((module for _, module in cut), key=lambda module: sizes[id(module)], reverse=True)
+    largest = next((sizes[id(module)] for module in modules if calls(module)), None)
+    if largest is None:
+        return None
+    finer: list[tuple[str, nn.Module]] = []
+    for name, module in cut:
+        children = calls(module) if sizes[id(module)] == largest else ()
+        finer += [(_join(name, key), module.get_submodule(key)) for key in children] or [(name, module)]
+    return tuple(finer)
+
+
+def why_whole(module: nn.Module) -> str:
+    """Return what keeps a unit from being cut into its children, in words; empty where it may be."""
+    if _holds_parameters(module):
+        return "it holds parameters itself"
+    return inspect_forward(module).obstacle if _may_open(module) else "its parts share or read parameters"
+
+
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     declared = _declared_classes(model)
     seen: set[int] = set()
@@ -84,6 +121,18 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             )
 
     return visit("", model, element=False, repeated=False)
+
+
+def _may_open(module: nn.Module) -> bool:
+    # Adapters and parametrised modules read what their children hold, holders what they hold themselves.
+    if _is_a(module, _ADAPTER_CLASSES) or is_parametrized(module) or _holds_parameters(module):
+        return False
+    # One that two children share is named after the first by definition, not after the first that is called.
+    return len(_names(module)) == len(set(module.parameters()))
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _is_unit(module: nn.Module, declared: frozenset[str], *, element: bool, repeated: bool) -> bool:
@@ -128,6 +177,10 @@ def _holds_parameters(module: nn.Module) -> bool:
     return bool(_own_parameters(module)) or any(
         not _has_forward(child) and _holds_parameters(child) for child in module.children()
     )
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters(remove_duplicate=False)]
 
 
 def _own_parameters(module: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ any thread may call.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..errors import UnitError
 from ..sizes import align_up
 from ..specs import ELEMENT_ALIGNMENT, TensorSpec, UnitLayout
-from .cut import cut_model
+from .cut import Cut, cut_model, finer_cut
 
-__all__ = ["Binding", "Unit", "find_units"]
+__all__ = ["Binding", "Unit", "find_cuts", "find_units"]
 
 # float32 holds every value of these. A record would change the values of any other dtype.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,12 +57,14 @@ class Unit:
         name: full name of its module, for `model.get_submodule`; never empty.
         layout: the parameters it owns; without tensors when every parameter is borrowed.
         bindings: every parameter its module reaches, one entry a path, in order of definition.
+        is_part: whether a module around it was cut, and computes outside units.
     """
 
     index: int
     name: str
     layout: UnitLayout
     bindings: tuple[Binding, ...]
+    is_part: bool = False
 
     @property
     def records(self) -> tuple[str, ...]:
@@ -94,8 +97,40 @@ def find_units(model: nn.Module) -> tuple[Unit, ...]:
     >>> [(unit.name, unit.records) for unit in find_units(model)]
     [('0', ('0',)), ('2', ('0',))]
     """
+    cut = cut_model(model)
+    return _describe(cut, cut)
+
+
+def find_cuts(model: nn.Module) -> Iterator[tuple[Unit, ...]]:
+    """Yield every cut of `model` that is worth a try: that of `find_units` first, then finer ones.
+
+    Each cuts the largest units of the one before into their parts, until none is left that may be cut. They
+    depend on the model alone, so a run can be found again among them.
+
+    Args:
+        model: as for `find_units`.
+
+    Raises:
+        UnitError: as `find_units` does.
+
+    >>> blocks = [nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(2)]
+    >>> [[unit.name for unit in units] for units in find_cuts(nn.Sequential(*blocks))]
+    [['0', '1'], ['0.0', '0.1', '1.0', '1.1']]
+    """
+    coarsest = cut_model(model)
+    cut: Cut | None = coarsest
+    while cut is not None:
+        yield _describe(cut, coarsest)
+        cut = finer_cut(cut)
+
+
+def _describe(cut: Cut, coarsest: Cut) -> tuple[Unit, ...]:
     homes = _Homes()
-    return tuple(_describe_unit(i, name, module, homes) for i, (name, module) in enumerate(cut_model(model)))
+    whole = {name for name, _ in coarsest}
+    return tuple(
+        _describe_unit(index, name, module, homes, is_part=name not in whole)
+        for index, (name, module) in enumerate(cut)
+    )
 
 
 class _Homes:
@@ -136,7 +171,7 @@ class _Homes:
             )
 
 
-def _describe_unit(index: int, name: str, module: nn.Module, homes: _Homes) -> Unit:
+def _describe_unit(index: int, name: str, module: nn.Module, homes: _Homes, *, is_part: bool) -> Unit:
     spaces: dict[bool, list[TensorSpec]] = {True: [], False: []}
     bindings = []
     for path, parameter in module.named_parameters(remove_duplicate=False):
@@ -147,7 +182,7 @@ def _describe_unit(index: int, name: str, module: nn.Module, homes: _Homes) -> U
             space.append(TensorSpec(tensor, tuple(parameter.shape), offset))
         bindings.append(Binding(path, *homes.home(parameter), parameter.requires_grad))
     layout = UnitLayout(name, trainable=tuple(spaces[True]), frozen=tuple(spaces[False]))
-    return Unit(index, name, layout, tuple(bindings))
+    return Unit(index, name, layout, tuple(bindings), is_part)
 
 
 def _check_parameter(parameter: nn.Parameter, tensor: str) -> None:

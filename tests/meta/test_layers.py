@@ -57,6 +57,7 @@ LAYERS = (
     "runtime.rows",
     "runtime.calls",
     "runtime.binding",
+    "runtime.uses",  # the gradient of each use of a tensor
     "runtime.stream",
     "runtime.deferred_logits",
     "runtime.chunked_loss",

@@ -186,7 +186,7 @@ def test_the_fastest_is_chosen_even_where_it_writes_more():
 
 def test_what_a_lack_asks_for_is_enough_and_less_is_not():
     for home, key in ((Tier.DISK, "host_memory"), (Tier.HOST, "host_memory"), (Tier.DISK, "device_memory")):
-        asked = question(machine(memory=8 * GIB), batch=2, length=128, **{key: 64 * MIB})
+        asked = question(machine(memory=8 * GIB), batch=2, length=128, **{key: 32 * MIB})
         lack = lay_out(asked, SMALL, Choice(home, "float32", None))
         assert isinstance(lack, Lack)
         enough = replace(asked, **{key: lack.needed_nbytes})

@@ -386,7 +386,7 @@ def test_a_run_in_chunks_streams_as_it_computes_resident(tmp_path: Path) -> None
 def test_in_bf16_the_gradient_of_the_head_is_summed_in_fp32_and_planned(tmp_path: Path) -> None:
     options = {**SETTINGS, "compute_dtype": "bfloat16"}
     chunked, whole = (
-        Blueprint.of(make("llama"), RuntimeOptions.parse({**options, "loss_chunk_nbytes": nbytes}))
+        next(Blueprint.cuts(make("llama"), RuntimeOptions.parse({**options, "loss_chunk_nbytes": nbytes})))
         for nbytes in (CHUNK_NBYTES, None)
     )
     assert chunked.wide_owners == {"lm_head"} and whole.wide_owners == frozenset()
