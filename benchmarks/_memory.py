@@ -64,7 +64,10 @@ def _watch(pid: int, interval_s: float) -> None:
     print("watching", flush=True)
     bins: list[tuple[float, int]] = []
     while True:
-        now_s, nbytes = time.monotonic(), private_nbytes(pid)
+        try:
+            now_s, nbytes = time.monotonic(), private_nbytes(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            break  # It has ended, and somebody has waited for it.
         if bins and now_s - bins[-1][0] < BIN_S:
             bins[-1] = (bins[-1][0], max(bins[-1][1], nbytes))
         else:

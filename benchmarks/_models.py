@@ -44,6 +44,7 @@ SHAPES = {
     # Nearly all of it is in the embedding and the head.
     "vocabulary-128k": Shape(64, 2, 128, 4, 2, 128256),
     "tinyllama-1.1b": Shape(2048, 22, 5632, 32, 4, 32000),
+    "llama-7b": Shape(4096, 32, 11008, 32, 32, 32000),
 }
 
 

@@ -40,6 +40,7 @@ ARGUMENTS = {
         *("--kept", "1", "--rounds", "1", "--warm-up", "1", "--steps", "1", "--length", "8"),
     ],
     "verify": ["--size", "64MiB", "--rounds", "1"],
+    "whole_step": [*SMALL, "--steps", "2", "--kill-at", "1", "--length", "8", "--learning-rate", "0.01"],
     "quality_8bit": ["--seeds", "1", "--scratch-steps", "2", "--scratch-rows", "1"],
     "overlap": [*SMALL, "--rounds", "1", "--steps", "1", "--length", "8"],
 }
@@ -56,6 +57,7 @@ COLUMNS = {
     "kill_loop": {"killed at", "status", "resumed at step"},
     "io": {"part", "op", "block_nbytes", "depth", "round", "contender", "nbytes", "elapsed_s", "cpu_s"},
     "verify": {"part", "round", "contender", "nbytes", "elapsed_s", "cpu_s"},
+    "whole_step": {"attempt", "step", "loss", "step_s", "read_nbytes", "written_nbytes"},
     "overlap": {"round", "step", "compute", "disk", "ratio"},
     "spilled_inputs": {"inputs_in", "step", "loss", "step_s", "inputs_written", "inputs_read"},
 }
