@@ -36,6 +36,7 @@ import torch
 
 import offload.runtime.storage
 import offload.training.finetune
+import offload.training.loop
 from offload.aio import open_engine
 from offload.hf import load_tokenizer, open_pretrained
 from offload.store import Store, list_runs, manifests
@@ -94,7 +95,8 @@ class Points:
             (RunDirectory, ("write_owner", "stage", "publish", "discard")),
             (OutputDirectory, ("begin", "save_config", "append_metrics", "cut_metrics", "_write", "abandon")),
             (manifests, ("prune", "heal")),
-            (offload.training.finetune, ("_backward", "export")),
+            (offload.training.loop, ("_backward",)),
+            (offload.training.finetune, ("export",)),
             (Store, ("snapshot", "drop_snapshot")),
         ]:
             for name in names:

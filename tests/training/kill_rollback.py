@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import offload.training.finetune
+import offload.training.loop
 from offload.store import Store
 from offload.store.rundir import RunDirectory
 from offload.training.config import load_config
@@ -89,7 +90,7 @@ def train(config: Path, directory: Path, kill_at: int | None) -> Events:
     ]:
         events.watch(owner, name)
     events.watch(Store, "write", both=False)
-    batch, backward = Batches.batch, offload.training.finetune._backward
+    batch, backward = Batches.batch, offload.training.loop._backward
     numbers: list[int] = []
 
     def noted(self: Batches, number: int) -> Any:
@@ -100,7 +101,7 @@ def train(config: Path, directory: Path, kill_at: int | None) -> Events:
         return (math.nan, "the loss is nan") if numbers[-1] in BAD else backward(*args)
 
     Batches.batch = noted  # type: ignore[method-assign]
-    offload.training.finetune._backward = poisoned
+    offload.training.loop._backward = poisoned
     offload.training.finetune.finetune(
         load_config(config, {"output_dir": str(directory)}), echo=lambda _: None
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import offload.training.loop
 from offload.errors import ConfigError, StateError
 from offload.store import list_runs
 from offload.training.config import load_config
@@ -132,8 +133,8 @@ def test_a_run_that_ends_at_a_loss_that_is_not_finite_keeps_the_steps_before(
             return float("nan"), "the loss is nan"
         return real(*arguments)
 
-    real = finetune.__globals__["_backward"]
-    monkeypatch.setitem(finetune.__globals__, "_backward", backward)
+    real = offload.training.loop._backward
+    monkeypatch.setattr(offload.training.loop, "_backward", backward)
     lines: list[str] = []
     with pytest.raises(StateError, match="nothing of this step was applied"):
         finetune(make_config(max_steps=7, home="host", save_steps=50), echo=lines.append)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import offload.training.finetune
+import offload.training.loop
 from offload.cli import main
 from offload.errors import StorageError
 from offload.store import list_runs
@@ -67,7 +67,7 @@ def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], obj
     """Return a function that lets something happen in the middle of a step, from 1."""
 
     def plan(number: int, act: Callable[[], object]) -> None:
-        real, count = offload.training.finetune._backward, 0
+        real, count = offload.training.loop._backward, 0
 
         def backward(*arguments: Any) -> tuple[float, str]:
             nonlocal count
@@ -76,7 +76,7 @@ def at_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], obj
                 act()
             return real(*arguments)
 
-        monkeypatch.setattr(offload.training.finetune, "_backward", backward)
+        monkeypatch.setattr(offload.training.loop, "_backward", backward)
 
     return plan
 

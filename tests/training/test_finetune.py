@@ -15,10 +15,12 @@ import transformers
 from safetensors.torch import load_file
 
 import offload.training.finetune
+import offload.training.output
 from offload.aio import open_engine
 from offload.errors import CapacityError, ConfigError, DiskFullError, OffloadError, StateError, StorageError
 from offload.store import Store, drives, list_runs
-from offload.training.finetune import finetune, learning_rates
+from offload.training.finetune import finetune
+from offload.training.job import learning_rates
 
 
 def records(directory: Path) -> list[dict[str, float]]:
@@ -121,7 +123,7 @@ def test_a_start_that_never_committed_is_begun_anew(make_config, tmp_path: Path)
 
     with pytest.MonkeyPatch.context() as patch:
         # Dying between the commit of the import and the note of it.
-        patch.setattr(offload.training.finetune.OutputDirectory, "mark_imported", kill)
+        patch.setattr(offload.training.output.OutputDirectory, "mark_imported", kill)
         with pytest.raises(SystemExit):
             finetune(config, echo=lambda _: None)
     (left,) = (tmp_path / "out/state").iterdir()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import offload.store.files
-import offload.training.finetune
+import offload.training.loop
 from offload.errors import ConfigError, DiskFullError, StateError, StorageError
 from offload.store import list_runs, list_snapshots
 from offload.training.data import Batches
@@ -60,7 +60,7 @@ def batch_numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def disturb(monkeypatch: pytest.MonkeyPatch, batch_numbers: list[int]) -> Any:
     """Return a function that gives batches (from 1) another loss."""
-    backward = offload.training.finetune._backward
+    backward = offload.training.loop._backward
     losses: dict[int, float] = {}
 
     def disturbed(*args: Any) -> tuple[float, str]:
@@ -68,7 +68,7 @@ def disturb(monkeypatch: pytest.MonkeyPatch, batch_numbers: list[int]) -> Any:
         loss += losses.get(batch_numbers[-1], 0.0)
         return loss, problem or ("" if math.isfinite(loss) else f"the loss is {loss}")
 
-    monkeypatch.setattr(offload.training.finetune, "_backward", disturbed)
+    monkeypatch.setattr(offload.training.loop, "_backward", disturbed)
 
     def set_losses(**chosen: float) -> None:
         losses.clear()

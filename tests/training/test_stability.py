@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import offload.training.finetune
+import offload.training.loop
 from offload.errors import StateError
 from offload.training.data import Batches
 from offload.training.finetune import finetune
@@ -33,7 +33,7 @@ def model_bytes(directory: Path) -> bytes:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch):
     """Return a function that makes the loss of some batches (from 1) NaN, and counts those seen."""
-    backward = offload.training.finetune._backward
+    backward = offload.training.loop._backward
     seen: list[int] = []
 
     def make(*bad: int, first: int = 1) -> list[int]:
@@ -43,7 +43,7 @@ def poison(monkeypatch: pytest.MonkeyPatch):
             seen.append(first + len(seen))
             return (math.nan, "the loss is nan") if seen[-1] in bad else backward(job, runtime, batch)
 
-        monkeypatch.setattr(offload.training.finetune, "_backward", poisoned)
+        monkeypatch.setattr(offload.training.loop, "_backward", poisoned)
         return seen
 
     return make
@@ -126,7 +126,7 @@ def test_too_many_batches_in_a_row_stop_the_run(make_config, tmp_path: Path, poi
 
 def test_a_loss_that_jumps_is_told(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload.training.spikes.SMALLEST_WINDOW", 3)
-    backward = offload.training.finetune._backward
+    backward = offload.training.loop._backward
     seen: list[float] = []
 
     def jumping(*args: Any) -> tuple[float, str]:
@@ -134,7 +134,7 @@ def test_a_loss_that_jumps_is_told(make_config, monkeypatch: pytest.MonkeyPatch)
         value, problem = backward(*args)
         return value + 100 * (len(seen) == 5), problem
 
-    monkeypatch.setattr(offload.training.finetune, "_backward", jumping)
+    monkeypatch.setattr(offload.training.loop, "_backward", jumping)
     lines: list[str] = []
     finetune(make_config(), echo=lines.append)
     (warning,) = [line for line in lines if line.startswith("warning")]

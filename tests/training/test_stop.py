@@ -76,12 +76,12 @@ def test_a_second_signal_leaves_within_three_seconds(start) -> None:
 
 def test_a_signal_while_importing_takes_back_what_was_begun(start, tmp_path: Path) -> None:
     before = (
-        "import os, signal, time\nimport offload.training.finetune as loop\nreal = loop.attach\n"
+        "import os, signal, time\nimport offload.training.start as start\nreal = start.attach\n"
         "def attach(*arguments, on_progress=None, **settings):\n"
         "    def ended(*_):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(30)\n"
         "    return real(*arguments, on_progress=ended, **settings)\n"
-        "loop.attach = attach\n"
+        "start.attach = attach\n"
     )
     with start(before) as process:
         assert process.stdout is not None
