@@ -37,6 +37,8 @@ class Shape:
 SHAPES = {
     # For the tests: a step takes milliseconds.
     "toy": Shape(32, 3, 64, 4, 2, 96),
+    "10m": Shape(256, 8, 704, 4, 4, 4096),
+    "40m": Shape(512, 10, 1408, 8, 4, 8192),
     "100m": Shape(640, 14, 1792, 10, 5, 32000),
     # As deep models are: little of it is in the embedding.
     "100m-deep": Shape(640, 20, 1792, 10, 5, 4096),

@@ -28,6 +28,7 @@ __all__ = [
     "DriveSpeed",
     "IoSetting",
     "Machine",
+    "ProcessorSpeed",
     "SharedSpeed",
     "default_machine_path",
     "file_system_id",
@@ -135,6 +136,23 @@ class DeviceSpeed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessorSpeed:
+    """What the processor does in a training step.
+
+    Attributes:
+        num_threads: that torch computes with.
+        update_bytes_per_s: that AdamW with fp32 moments reads and writes on all cores.
+        update_8bit_bytes_per_s: the same with 8-bit moments.
+        flops_per_s: operations that training sustains in fp32; None where nobody measured a model.
+    """
+
+    num_threads: int
+    update_bytes_per_s: float
+    update_8bit_bytes_per_s: float
+    flops_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """A measured machine.
 
@@ -149,6 +167,7 @@ class Machine:
         memory_bytes_per_s: copy of host memory on all cores, bytes copied.
         crc32c_bytes_per_s: checksum on one core.
         device: the GPU; None without one.
+        processor: its share of a step; None where only `offload bench` measured.
     """
 
     format: Literal["offload-machine-1"] = FORMAT
@@ -161,6 +180,7 @@ class Machine:
     memory_bytes_per_s: float | None = None
     crc32c_bytes_per_s: float | None = None
     device: DeviceSpeed | None = None
+    processor: ProcessorSpeed | None = None
 
     def setting_for(self, devices: tuple[str, ...]) -> IoSetting | None:
         """Return the best setting for these `DriveSpeed.device`s; None when one was not measured.

@@ -12,6 +12,7 @@ from .sizes import align_up
 
 __all__ = [
     "ELEMENT_ALIGNMENT",
+    "MEMORY_SAVE_STEPS",
     "SCALE_NUMEL",
     "MomentDType",
     "RecordDType",
@@ -38,6 +39,11 @@ SCALE_NUMEL = 128
 # 128 elements: every tensor of a record begins a block of 8-bit moments, so that parameters with other
 # settings can be updated by other calls; and SIMD loads are aligned in every array of the record.
 ELEMENT_ALIGNMENT = SCALE_NUMEL
+
+# Steps between commits where the home is memory. From disk a commit costs milliseconds, and each step has
+# one. From memory it writes all that a step changes, which is everything: every step of them would cost
+# what a home on disk costs.
+MEMORY_SAVE_STEPS = 100
 
 
 class Tier(enum.Enum):

@@ -126,7 +126,7 @@ def _metavar(annotation: Any, name: str) -> str:
     if typing.get_origin(kind) is typing.Literal:
         choices = "|".join(typing.get_args(kind))
         return choices if len(choices) <= 24 else "NAME"
-    if name.endswith("_memory"):
+    if name.endswith(("_memory", "_nbytes")):
         return "SIZE"
     if typing.get_origin(kind) is list or kind is Path:
         return "PATH"

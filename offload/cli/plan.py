@@ -137,7 +137,7 @@ def plan_command() -> Callable[..., None]:
             str | None,
             typer.Option(
                 metavar="bfloat16|float32",
-                help="Of parked gradients; not in offload finetune.",
+                help="Of parked gradients.",
                 rich_help_panel=RUN,
             ),
         ] = None,

@@ -68,7 +68,7 @@ def _plan(plan: TrainingPlan) -> dict[str, Any]:
             {
                 "name": link.name,
                 "amount": link.amount,
-                "unit": "operations" if link.name == "compute" else "bytes",
+                "unit": link.unit,
                 "seconds": link.seconds,
                 "part_of": link.part_of,
             }
@@ -90,6 +90,7 @@ def _plan(plan: TrainingPlan) -> dict[str, Any]:
             "device_temporaries_estimate": plan.temporaries_nbytes,
             "each_drive": plan.drive_nbytes,
             "drives": list(plan.drives_nbytes),
+            "each_drive_snapshot": plan.snapshot_nbytes,
         },
         "memory": {
             "window": memory.window,

@@ -3,29 +3,28 @@
 The cut into units is chosen as `offload.attach` chooses it, and its memory laid out by the runtime's own
 `plan_memory`, so what fits here fits there. Two things come on top that the runtime finds out by running:
 the saved inputs of the whole batch, and torch's temporaries on the device. Room for the first is asked for
-(`activations_nbytes`) where the runtime's share would not do, and on the drives (`activations_disk_nbytes`)
+(`activations_nbytes`), so that a run takes what its plan says, and on the drives (`activations_disk_nbytes`)
 where no budget of host memory with that much fits; the second is kept off the device budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..device.cuda_staging import STAGING_NBYTES
 from ..errors import CapacityError
-from ..runtime.memory import DEFAULT_ACTIVATIONS_NBYTES, memory_request
+from ..runtime.memory import memory_request
 from ..runtime.options import RuntimeOptions
 from ..sizes import GIB, MIB, align_down, align_up, format_bytes
-from ..specs import MomentDType, Tier
+from ..specs import MEMORY_SAVE_STEPS, MomentDType, Tier
 from ..store.records import num_extents
 from ..tiers.gradient_homes import PartLayout
 from ..tiers.memory_plan import MemoryPlan
 from ..tiers.memory_planning import plan_memory, smallest_plan
 from ..tiers.memory_request import MemoryRequest
 from ..tiers.records import RecordSet, record_sets, store_records
-from ..training.config import MEMORY_SAVE_STEPS
 from .inputs import saved_inputs
 from .model import ModelFacts
 from .plan import Lack, TrainingPlan
@@ -38,6 +37,9 @@ __all__ = ["Choice", "lay_out", "row_choices"]
 
 # A cache of less than this share of the state saves less than it costs: commits are further apart with one.
 LEAST_CACHED_SHARE = 0.05
+# Where there is room, saved inputs get an eighth more than what the units hand to each other: a model may
+# pass something else as well, a mask say.
+_SPARE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +79,19 @@ def lay_out(question: Question, model: ModelFacts, choice: Choice) -> TrainingPl
     lack = _lack_of_room(setup, None)
     if lack is not None:
         return lack
-    memory, asks = _plan(setup, setups[:chosen])
+    memory = _plan(setup)
     cache_nbytes = _spare_nbytes(setup, memory)
     if cache_nbytes:
-        options = _options(question, choice, cache_nbytes)
-        setups = [_Setup(question, one.model, choice, options) for one in setups[: chosen + 1]]
-        setup = setups[chosen]
-        memory, asks = _plan(setup, setups[:chosen])
+        setup = _Setup(question, setup.model, choice, _options(question, choice, cache_nbytes))
+        memory = _plan(setup)
     lack = _lack_of_room(setup, memory)
     if lack is not None:
         return lack
-    options = setup.options
-    if asks:
-        options = replace(
-            options,
-            activations_nbytes=memory.activations_nbytes,
-            activations_disk_nbytes=setup.saved.disk_room_nbytes(memory.activations_nbytes),
-        )
+    options = replace(
+        setup.options,
+        activations_nbytes=memory.activations_nbytes,
+        activations_disk_nbytes=setup.saved.disk_room_nbytes(memory.activations_nbytes),
+    )
     return _finish(setup, options, memory)
 
 
@@ -162,49 +160,44 @@ def _options(question: Question, choice: Choice, cache_nbytes: int | None = None
     )
 
 
-def _plan(setup: _Setup, coarser: Sequence[_Setup]) -> tuple[MemoryPlan, bool]:
-    """Return the memory that the runtime would lay out, and whether it must be told of the saved inputs.
-
-    Untold, it would take one of the `coarser` cuts if only their saved inputs had no room.
-    """
-    limit = setup.arena_limit_nbytes
-    memory = _plan_memory(setup, DEFAULT_ACTIVATIONS_NBYTES, limit, fill=True)
-    others = [_plan_memory(one, DEFAULT_ACTIVATIONS_NBYTES, limit, fill=True) for one in coarser]
-    if memory is not None and memory.activations_nbytes >= setup.saved.nbytes and not any(others):
-        return memory, False
-    memory = _plan_memory(setup, setup.saved.nbytes, limit, fill=False)
-    if memory is None:
+def _plan(setup: _Setup) -> MemoryPlan:
+    """Return the memory that the runtime lays out when it is told of the saved inputs."""
+    asked_nbytes = setup.question.activations_nbytes
+    exact = _plan_memory(setup, asked_nbytes or setup.saved.nbytes)
+    if exact is None:
         # What is left of the host budget keeps as many of them as it can.
-        filled = _plan_memory(setup, setup.saved.least_nbytes, limit, fill=True)
+        filled = _plan_memory(setup, setup.saved.least_nbytes, fill=True)
         assert filled is not None, "the smallest plan fits"
-        memory = _plan_memory(setup, filled.activations_nbytes, limit, fill=False)
-        assert memory is not None, "what was filled fits as asked for"
-    return memory, True
+        exact = _plan_memory(setup, filled.activations_nbytes)
+        assert exact is not None, "what was filled fits as asked for"
+        return exact
+    if asked_nbytes is not None:
+        return exact
+    spare = _plan_memory(setup, setup.saved.nbytes + setup.saved.nbytes // _SPARE)
+    if spare is None or (spare.window, spare.parked_disk_nbytes) != (exact.window, exact.parked_disk_nbytes):
+        return exact
+    return spare
 
 
 def _spare_nbytes(setup: _Setup, memory: MemoryPlan) -> int:
     """Return the host memory that a plan without a cache leaves, where the size of one was not asked for."""
     if memory.home is not Tier.DISK or setup.question.host_cache is not None:
         return 0
-    saved = max(setup.saved.nbytes, min(memory.activations_nbytes, DEFAULT_ACTIVATIONS_NBYTES))
-    left = setup.question.host_memory - (memory.host_nbytes - memory.activations_nbytes) - saved
+    left = setup.question.host_memory - memory.host_nbytes
     least = LEAST_CACHED_SHARE * sum(_resident(setup.records).values())
     # The runtime rounds the saved inputs up to a page; and people read whole MiB.
     return align_down(left - 4096, MIB if left >= GIB else 4096) if left > least else 0
 
 
-def _plan_memory(
-    setup: _Setup, activations_nbytes: int, device_limit_nbytes: int, *, fill: bool
-) -> MemoryPlan | None:
+def _plan_memory(setup: _Setup, activations_nbytes: int, *, fill: bool = False) -> MemoryPlan | None:
     try:
         return plan_memory(
             setup.memory_request(activations_nbytes),
             host_limit_nbytes=setup.question.host_memory,
-            device_limit_nbytes=device_limit_nbytes,
+            device_limit_nbytes=setup.arena_limit_nbytes,
             fill_activations=fill,
         )
     except CapacityError:
-        # What the runtime keeps for saved inputs by itself may be more than this batch saves.
         return None
 
 
@@ -212,7 +205,7 @@ def _finish(setup: _Setup, options: RuntimeOptions, memory: MemoryPlan) -> Train
     question, model = setup.question, setup.model
     traffic = step_traffic(setup.schedule, setup.records, model.trains, options, memory, setup.saved)
     flops = step_flops(model, question.batch, question.length)
-    links = link_times(question.machine, traffic, flops, question.speed)
+    links = link_times(question.machine, traffic, flops, question.speed, options.moments)
     step_s, bottleneck = step_seconds(links, commits_apart=memory.home is not Tier.DISK)
     written = traffic.disk_written_nbytes
     steps = None
@@ -224,15 +217,13 @@ def _finish(setup: _Setup, options: RuntimeOptions, memory: MemoryPlan) -> Train
         memory=memory,
         batch=question.batch,
         length=question.length,
+        units=model.units,
         num_parameters=model.num_parameters,
-        num_units=len(model.units),
         traffic=traffic,
         links=links,
         step_s=step_s,
         bottleneck=bottleneck,
-        host_nbytes=memory.host_nbytes
-        - memory.activations_nbytes
-        + min(setup.saved.nbytes, memory.activations_nbytes),
+        host_nbytes=memory.host_nbytes,
         device_nbytes=memory.device_nbytes
         + memory.device_reserve_nbytes
         + setup.staging_nbytes
@@ -240,6 +231,7 @@ def _finish(setup: _Setup, options: RuntimeOptions, memory: MemoryPlan) -> Train
         temporaries_nbytes=setup.temporaries_nbytes,
         uncached_nbytes=sum(_resident(setup.records).values()) - memory.host_resident_nbytes,
         drives_nbytes=_drives_nbytes(setup, memory),
+        snapshot_nbytes=max(_snapshots_nbytes(setup), default=0),
         step_written_nbytes=written,
         steps_to_tbw=steps,
         notes=_notes(setup, options),
@@ -259,10 +251,10 @@ def _notes(setup: _Setup, options: RuntimeOptions) -> tuple[str, ...]:
             "the speed of host memory is not known, so neither it nor AdamW is in the time: measure it with"
             " 'offload bench'"
         )
-    if options.activations_nbytes is not None:
+    if options.activations_disk_nbytes:
         notes.append(
-            f"saved inputs need {format_bytes(setup.saved.nbytes)}, more than a run would leave them by"
-            f" itself: it needs activations_nbytes={options.activations_nbytes}{_disk_words(options)}"
+            f"saved inputs need {format_bytes(setup.saved.nbytes)}, more than host memory holds of them: the"
+            f" first go to disk, activations_disk_nbytes={options.activations_disk_nbytes}"
         )
     if setup.model.between_width:
         notes.append(
@@ -275,17 +267,17 @@ def _notes(setup: _Setup, options: RuntimeOptions) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _disk_words(options: RuntimeOptions) -> str:
-    room = options.activations_disk_nbytes
-    return f" and activations_disk_nbytes={room}, for what goes to the drives" if room else ""
-
-
 # -- what is lacking -----------------------------------------------------------------------------
 
 
 def _lack_of_memory(setup: _Setup) -> Lack | None:
-    least = smallest_plan(setup.memory_request(setup.saved.nbytes))
-    if least.host_nbytes > setup.question.host_memory and setup.options.disk:
+    asked = setup.question.activations_nbytes
+    if asked is not None and asked < setup.saved.nbytes and not setup.options.disk:
+        return Lack(
+            Tier.HOST, setup.saved.nbytes, asked, "activations_nbytes is for the inputs that a batch saves"
+        )
+    least = smallest_plan(setup.memory_request(asked or setup.saved.nbytes))
+    if least.host_nbytes > setup.question.host_memory and setup.options.disk and asked is None:
         least = smallest_plan(setup.memory_request(setup.saved.least_nbytes))
     device = least.device_nbytes + least.device_reserve_nbytes
     if device > setup.arena_limit_nbytes:
@@ -299,10 +291,11 @@ def _lack_of_memory(setup: _Setup) -> Lack | None:
 
 def _lack_of_room(setup: _Setup, memory: MemoryPlan | None) -> Lack | None:
     rooms = setup.question.room_nbytes
+    snapshots = _snapshots_nbytes(setup)
     lacking = [
-        (needed, room)
-        for needed, room in zip(_drives_nbytes(setup, memory), rooms, strict=False)
-        if room is not None and needed > room
+        (needed + snapshot, room)
+        for needed, snapshot, room in zip(_drives_nbytes(setup, memory), snapshots, rooms, strict=False)
+        if room is not None and needed + snapshot > room
     ]
     if not lacking:
         return None
@@ -312,6 +305,8 @@ def _lack_of_room(setup: _Setup, memory: MemoryPlan | None) -> Lack | None:
         kept = "every record once, since commit is off"
     if memory is not None and (room := setup.saved.disk_room_nbytes(memory.activations_nbytes)):
         kept += f"; {format_bytes(room)} for saved inputs that host memory does not hold"
+    if any(snapshots):
+        kept += f", and {format_bytes(max(snapshots))} for a snapshot"
     return Lack(Tier.DISK, needed, limit, kept)
 
 
@@ -326,6 +321,15 @@ def _drives_nbytes(setup: _Setup, memory: MemoryPlan | None) -> tuple[int, ...]:
         numel = {owner: setup.records[owner].layout.trainable_numel for owner in memory.parked_on_disk}
         nbytes += sum(layout.record_nbytes(count) for count in numel.values())
         nbytes += setup.saved.disk_room_nbytes(memory.activations_nbytes)
+    return tuple(math.ceil(nbytes * share) for share in drive_shares(setup.question.machine))
+
+
+def _snapshots_nbytes(setup: _Setup) -> tuple[int, ...]:
+    """Return what a snapshot takes on each drive: what a step changes, once more; 0 when none is taken."""
+    if not setup.options.disk:
+        return ()
+    mutable = sum(spec.nbytes for spec in store_records(setup.records) if spec.mutable)
+    nbytes = mutable if setup.question.snapshots else 0
     return tuple(math.ceil(nbytes * share) for share in drive_shares(setup.question.machine))
 
 

@@ -21,7 +21,7 @@ from ..tiers.schedule import Schedule
 from ..units import LossHead, Unit, find_cuts, find_loss_head
 from .shapes import Shape
 
-__all__ = ["ModelFacts", "config_of_shape", "describe_config", "describe_model"]
+__all__ = ["ModelFacts", "build_without_memory", "config_of_shape", "describe_config", "describe_model"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,15 @@ def describe_config(config: Any, name: str) -> ModelFacts:
         ConfigError: transformers has no such model, or cannot build it.
         UnitError: it cannot be cut into units.
     """
+    return describe_model(build_without_memory(config, name), name)
+
+
+def build_without_memory(config: Any, name: str) -> torch.nn.Module:
+    """Return the causal language model of a configuration, everything of it on the meta device.
+
+    Raises:
+        ConfigError: transformers has no such model, or cannot build it.
+    """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -102,7 +111,8 @@ def describe_config(config: Any, name: str) -> ModelFacts:
         text = str(error).strip().splitlines()
         reason = text[0] if text else type(error).__name__
         raise ConfigError(f"transformers cannot build {name}: {reason}; check its config.json") from error
-    return describe_model(model, name)
+    built: torch.nn.Module = model
+    return built
 
 
 def describe_model(model: torch.nn.Module, name: str) -> ModelFacts:

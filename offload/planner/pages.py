@@ -166,6 +166,11 @@ def _memory_section(question: Question, plan: TrainingPlan) -> Section:
         )
     if parked := plan.memory.describe_parked():
         lines.append(parked)
+    if plan.snapshot_nbytes:
+        lines.append(
+            f"each drive: {format_bytes(plan.snapshot_nbytes)} more for a snapshot; for a moment twice that,"
+            " when one takes the place of the one before"
+        )
     if count:
         lines.append(_wear_words(question, plan))
     return Section("Peaks", tables=(Table(("tier", "most", "there is"), tuple(rows)),), lines=tuple(lines))
@@ -200,6 +205,7 @@ def _run_section(plan: TrainingPlan) -> Section:
         "max_length": plan.length,
         "save_steps": plan.options.save_steps,
         "max_grad_norm": plan.options.max_grad_norm,
+        "gradient_dtype": plan.options.gradient_dtype,
         "activations_nbytes": plan.options.activations_nbytes,
         "activations_disk_nbytes": plan.options.activations_disk_nbytes or None,
     }
@@ -318,7 +324,7 @@ def _column(answer: Answer) -> dict[str, str]:
 
 
 def _amount(link: Link) -> str:
-    if link.name == "compute":
+    if link.unit == "operations":
         return f"{link.amount / 1e12:,.1f} TFLOP"
     return f"{link.amount / 1e9:,.2f} GB"
 

@@ -45,6 +45,8 @@ class Question:
         commit: False keeps mutable records once on the drives, and a crash loses the run.
         flops_per_s: that the device sustains; None takes the machine's.
         tbw_nbytes: bytes that a drive is rated to take in its life; None says nothing of wear.
+        activations_nbytes: host bytes for saved inputs; None leaves it to the plan.
+        snapshots: whether the run takes snapshots, which need room beside it.
         room_nbytes: free on each drive, in the machine's order; None where nobody knows.
     """
 
@@ -65,6 +67,8 @@ class Question:
     commit: bool = True
     flops_per_s: float | None = None
     tbw_nbytes: int | None = None
+    activations_nbytes: int | None = None
+    snapshots: bool = False
     room_nbytes: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
@@ -109,7 +113,8 @@ class Question:
         """Operations per second of the device, None when nobody knows."""
         if self.flops_per_s is not None:
             return self.flops_per_s
-        return None if self.machine.device is None else self.machine.device.flops_per_s
+        known = self.machine.device or self.machine.processor
+        return None if known is None else known.flops_per_s
 
 
 def default_budgets(machine: Machine) -> tuple[int, int]:

@@ -5,15 +5,22 @@ drive share it and add up; each drive has a part of all bytes in proportion to i
 Host memory is counted at both ends of every copy: a copy of 1 GB measured at 32 GB/s moves 2 GB, and the
 memory takes 64 GB/s.
 
+[Note: cores] AdamW, checksums and, without a GPU, copies and the units themselves run on the same cores,
+which do one thing at a time: their times, each as if it had all cores, add up. The sum is the processor's
+link beside the others. Units that compute with n of N cores leave it the rest: n / N of their time counts
+in the sum, and all of it as a link of its own.
+
 Nothing here is smoothed: a figure that a machine lacks makes a link of unknown time, never a guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from ..machine import Machine, stripe_weights
+from ..machine import Machine, ProcessorSpeed, stripe_weights
+from ..specs import MomentDType
 from ..store.stripe import deal_by_weight
 from .traffic import Traffic
 
@@ -26,11 +33,12 @@ class Link:
 
     Attributes:
         name: for people, and the key of JSON.
-        amount: bytes, or operations for compute.
+        amount: in its unit.
         seconds: it is busy; None where the machine's figure is not known.
         formula: how that was reckoned, with symbols.
         figures: the same with the numbers put in.
         part_of: the link that this one is a part of, for detail; it is not compared with the others.
+        unit: of the amount.
     """
 
     name: str
@@ -39,6 +47,7 @@ class Link:
     formula: str
     figures: str
     part_of: str | None = None
+    unit: Literal["bytes", "operations"] = "bytes"
 
 
 def drive_shares(machine: Machine) -> tuple[float, ...]:
@@ -73,7 +82,11 @@ def drive_rates(machine: Machine, read_nbytes: int, written_nbytes: int) -> tupl
 
 
 def link_times(
-    machine: Machine, traffic: Traffic, flops: tuple[int, int], flops_per_s: float | None
+    machine: Machine,
+    traffic: Traffic,
+    flops: tuple[int, int],
+    flops_per_s: float | None,
+    moments: MomentDType,
 ) -> tuple[Link, ...]:
     """Return every link of a step, the details of a link behind it.
 
@@ -82,6 +95,7 @@ def link_times(
         traffic: what a step moves.
         flops: operations with parameters, and those of attention.
         flops_per_s: that the device sustains; None when nobody knows.
+        moments: how AdamW's are stored.
     """
     copy = machine.memory_bytes_per_s
     to_device, to_host, both = _device_rates(machine)
@@ -98,12 +112,13 @@ def link_times(
     if both is not None:
         together = traffic.to_device_nbytes + traffic.to_host_nbytes
         links.append(_simple("device link, both ways", "(h + g) / beta", together, both))
-    links += [
-        _simple("host memory", "(R + W + h + g + c) / D", host_nbytes, memory),
-        _simple("AdamW", "c / D", traffic.update_nbytes, memory, part_of="host memory"),
-        _compute(flops, flops_per_s),
-    ]
-    return tuple(links)
+    links.append(_simple("host memory", "(R + W + h + g + c) / D", host_nbytes, memory))
+    compute = _compute(flops, flops_per_s)
+    if machine.processor is None:
+        links.append(_simple("AdamW", "c / D", traffic.update_nbytes, memory, part_of="host memory"))
+    else:
+        links += _processor(machine, machine.processor, traffic, compute, moments)
+    return (*links, compute)
 
 
 def step_seconds(links: Sequence[Link], *, commits_apart: bool) -> tuple[float, str]:
@@ -117,6 +132,42 @@ def step_seconds(links: Sequence[Link], *, commits_apart: bool) -> tuple[float, 
     disk = known.pop("disk", 0.0) if commits_apart else 0.0
     slowest = max(known, key=lambda name: known[name])
     return known[slowest] + disk, "disk" if disk > known[slowest] else slowest
+
+
+def _processor(
+    machine: Machine, speed: ProcessorSpeed, traffic: Traffic, compute: Link, moments: MomentDType
+) -> Iterator[Link]:
+    """Yield the processor's link, which its cores share, and behind it what they do; see [Note: cores]."""
+    rate = speed.update_bytes_per_s if moments == "float32" else speed.update_8bit_bytes_per_s
+    parts = [_simple("AdamW", "c / U", traffic.update_nbytes, rate, part_of="processor")]
+    disk_nbytes = traffic.disk_read_nbytes + traffic.disk_written_nbytes
+    if disk_nbytes and machine.crc32c_bytes_per_s is not None:
+        each_s = 1 / machine.crc32c_bytes_per_s + _transfer_cpu_s(machine)
+        sums = machine.num_cores / each_s
+        parts.append(_simple("checksums, transfers", "(R + W) / S", disk_nbytes, sums, part_of="processor"))
+    if machine.device is None:
+        copied = traffic.to_device_nbytes + traffic.to_host_nbytes
+        parts.append(
+            _simple("copies", "(h + g) / (D / 2)", copied, machine.memory_bytes_per_s, part_of="processor")
+        )
+        share = min(1.0, speed.num_threads / machine.num_cores)
+        seconds = None if compute.seconds is None else compute.seconds * share
+        figures = f"{share:.2f} of the cores x {compute.figures}"
+        units = replace(compute, name="units", seconds=seconds, formula="n / N x compute", figures=figures)
+        parts.append(replace(units, part_of="processor"))
+    total_s = sum(part.seconds for part in parts if part.seconds is not None)
+    formula = " + ".join(part.formula for part in parts)
+    figures = " + ".join("?" if part.seconds is None else f"{part.seconds:,.2f} s" for part in parts)
+    yield Link(
+        "processor", sum(part.amount for part in parts if part.unit == "bytes"), total_s, formula, figures
+    )
+    yield from parts
+
+
+def _transfer_cpu_s(machine: Machine) -> float:
+    """Return the seconds of a core that a byte costs on its way from or to a drive."""
+    known = [drive.cpu_s_per_gb for drive in machine.drives if drive.cpu_s_per_gb is not None]
+    return max(known, default=0.0) / 1e9
 
 
 def _device_rates(machine: Machine) -> tuple[float | None, float | None, float | None]:
@@ -154,4 +205,4 @@ def _compute(flops: tuple[int, int], flops_per_s: float | None) -> Link:
     known = "?" if flops_per_s is None else f"{flops_per_s / 1e12:,.1f} TFLOP/s"
     figures = f"({products / 1e12:,.1f} + {attention / 1e12:,.1f}) TFLOP / {known}"
     seconds = None if flops_per_s is None else total / flops_per_s
-    return Link("compute", total, seconds, "(8 P B + 16 L a s B) / F", figures)
+    return Link("compute", total, seconds, "(8 P B + 16 L a s B) / F", figures, unit="operations")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,7 @@ from ..tiers.memory_plan import MemoryPlan
 from ..tiers.memory_planning import plan_memory
 from ..tiers.records import RecordSet
 from ..trace import Tracer
-from ..units import why_whole
+from ..units import find_cuts, why_whole
 from .blueprint import Blueprint
 from .building import build_parts
 from .chunked_loss import ChunkedLoss
@@ -40,6 +40,10 @@ from .step import Step
 from .storage import open_run
 from .stream import StreamedUnit
 
+if TYPE_CHECKING:
+    # Planning needs transformers, and attaching does not.
+    from ..planner.plan import TrainingPlan
+
 __all__ = ["attach"]
 
 _log = logging.getLogger("offload")
@@ -49,7 +53,7 @@ OnProgress = Callable[[str, int, int], None]
 
 def attach(
     model: torch.nn.Module,
-    options: RuntimeOptions | None = None,
+    options: RuntimeOptions | TrainingPlan | None = None,
     *,
     source: WeightSource | None = None,
     param_groups: Iterable[dict[str, Any]] | None = None,
@@ -64,7 +68,9 @@ def attach(
 
     Args:
         model: parameters in memory, or on the meta device together with a `source`.
-        options: how; or pass its fields as keyword arguments (sizes may be text, `"8GiB"`).
+        options: how; or pass its fields as keyword arguments (sizes may be text, `"8GiB"`). A plan of
+            `offload.planner` is obeyed: what it does not decide (`run_id`, `resume`, `optimizer`, what
+            becomes of steps that are not finite, the drives' directories) may be given beside it.
         source: initial values; the model's own parameters when None. Not read on a resume.
         param_groups: groups of (name, parameter) pairs with `lr`, `betas`, `eps`, `weight_decay`;
             weights with decay and norms and biases without when None.
@@ -76,6 +82,7 @@ def attach(
 
     Raises:
         UnitError: the model cannot be cut into units.
+        ConfigError: the plan is for another model, or an argument is what it decides.
         CapacityError: the budgets are too small, with the numbers; nothing was touched.
         StorageError: a directory cannot be used, or the drives have too little room.
 
@@ -85,8 +92,8 @@ def attach(
     ...     model(torch.ones(2, 8)).sum().backward()
     ...     runtime.step()
     """
-    chosen = _resolve(options, settings)
     tracer = trace or Tracer(enabled=False)
+    chosen = _resolve(options, settings, model)
     groups = [dict(group) for group in param_groups or _default_groups(model, chosen)]
     _check_groups(groups, next(Blueprint.cuts(model, chosen)).records)
     with contextlib.ExitStack() as undo:
@@ -110,9 +117,13 @@ def attach(
         return runtime
 
 
-def _resolve(options: RuntimeOptions | None, settings: Mapping[str, Any]) -> RuntimeOptions:
+def _resolve(
+    options: RuntimeOptions | TrainingPlan | None, settings: Mapping[str, Any], model: torch.nn.Module
+) -> RuntimeOptions:
     if options is None:
         return RuntimeOptions.parse(settings)
+    if not isinstance(options, RuntimeOptions):
+        return options.options_for(find_cuts(model), settings)
     if settings:
         raise ConfigError(f"give options or keyword arguments, not both: {', '.join(settings)}")
     return options

@@ -17,7 +17,13 @@ from ..optim import AdamWOptions
 from ..sizes import GIB, MIB, format_bytes, parse_bytes
 from ..specs import MomentDType, RecordDType, Tier
 
-__all__ = ["ComputeDType", "OnNonFinite", "RuntimeOptions", "is_queue_depth", "is_segment_size"]
+__all__ = [
+    "ComputeDType",
+    "OnNonFinite",
+    "RuntimeOptions",
+    "is_queue_depth",
+    "is_segment_size",
+]
 
 ComputeDType = Literal["float32", "bfloat16"]
 

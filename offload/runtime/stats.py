@@ -27,6 +27,8 @@ class RuntimeStats:
         parked_written_nbytes: of `disk_written_nbytes`, those of gradients parked on disk.
         activations_read_nbytes: of `disk_read_nbytes`, those of saved inputs.
         activations_written_nbytes: of `disk_written_nbytes`, those of saved inputs.
+        to_device_nbytes: bytes copied to the device.
+        to_host_nbytes: bytes copied from the device to the host.
         busy_s: seconds in which each link or worker was busy, by track name.
         stall_s: seconds in which someone waited; included in `busy_s` as "stall".
         host_high_water_nbytes: the most host memory under lease.
@@ -42,6 +44,8 @@ class RuntimeStats:
     parked_written_nbytes: int
     activations_read_nbytes: int
     activations_written_nbytes: int
+    to_device_nbytes: int
+    to_host_nbytes: int
     busy_s: Mapping[str, float]
     stall_s: float
     host_high_water_nbytes: int
@@ -54,7 +58,7 @@ class RuntimeStats:
         """Return the totals of a runtime's parts, `steps` optimizer steps in."""
         trace = parts.trace
         drives = () if parts.store is None else tuple(meter.load() for meter in parts.store.meters)
-        counters, busy_s = trace.counters(), trace.busy_s()
+        counters, busy_s, moved = trace.counters(), trace.busy_s(), trace.moved_nbytes()
         return cls(
             steps=steps,
             disk_read_nbytes=counters.get("disk_read_nbytes", 0),
@@ -63,6 +67,8 @@ class RuntimeStats:
             parked_written_nbytes=counters.get("parked_written_nbytes", 0),
             activations_read_nbytes=counters.get("activations_read_nbytes", 0),
             activations_written_nbytes=counters.get("activations_written_nbytes", 0),
+            to_device_nbytes=moved.get("host to device", 0),
+            to_host_nbytes=moved.get("device to host", 0),
             busy_s=busy_s,
             stall_s=busy_s.get("stall", 0.0),
             host_high_water_nbytes=parts.host_budget.high_water_nbytes,

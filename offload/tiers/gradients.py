@@ -162,8 +162,7 @@ class Gradients:
         if partial is not None:
             partial.arrived.wait()
             source = self._device.host_tensor(self._host, partial.host, partial.dtype, total.numel())
-            uploaded = self._device.upload(source, total)
-            self._device.wait_on_compute(uploaded)
+            uploaded = self._upload(owner, source, total)
             # Its place may be a saved input's next, which a drive writes: not before it was read.
             self._partial[owner] = replace(partial, arrived=uploaded)
             return True
@@ -171,12 +170,17 @@ class Gradients:
         if lease is None:
             return False
         source = self._device.host_tensor(self._host, lease, self._dtype, total.numel())
-        uploaded = self._device.upload(source, total)
-        self._device.wait_on_compute(uploaded)
+        uploaded = self._upload(owner, source, total)
         # The slot goes on to the next gradient.
         uploaded.wait()
         lease.release()
         return True
+
+    def _upload(self, owner: str, source: torch.Tensor, total: torch.Tensor) -> Event:
+        with self._trace.span(owner, "host to device", nbytes=source.numel() * source.itemsize):
+            uploaded = self._device.upload(source, total)
+        self._device.wait_on_compute(uploaded)
+        return uploaded
 
     def read_ahead(self, owner: str) -> None:
         """Begin to bring back a partial sum that the next visit will add to."""

@@ -55,6 +55,7 @@ class Tracer:
         self._num_recorded = 0
         self._counters: dict[str, int] = {}
         self._busy: dict[str, Intervals] = {}
+        self._moved: dict[str, int] = {}
         self._since_s = -math.inf
 
     @property
@@ -120,6 +121,11 @@ class Tracer:
         with self._lock:
             return {track: intervals.total_s() for track, intervals in self._busy.items()}
 
+    def moved_nbytes(self) -> dict[str, int]:
+        """Return for each track the sum of the `nbytes` of its spans since the last reset."""
+        with self._lock:
+            return dict(self._moved)
+
     def overlap_s(self, track: str, other: str) -> float:
         """Return the seconds since the last reset in which both tracks were busy; 0 for unknown ones.
 
@@ -136,6 +142,7 @@ class Tracer:
             self._since_s = perf_counter()
             self._counters.clear()
             self._busy.clear()
+            self._moved.clear()
 
     def write_chrome_trace(self, path: str | Path) -> None:
         """Write the spans kept so far as Chrome trace JSON, compressed if the name ends in `.gz`.
@@ -166,6 +173,8 @@ class Tracer:
             if busy is None:
                 busy = self._busy[span.track] = Intervals(self._since_s)
             busy.add(span.start_s, span.end_s)
+            if isinstance(nbytes := span.args.get("nbytes"), int):
+                self._moved[span.track] = self._moved.get(span.track, 0) + nbytes
             if self._enabled:
                 self._spans.append(span)
                 self._num_recorded += 1

@@ -34,7 +34,7 @@ from ..aio.engine import EngineName
 from ..errors import ConfigError
 from ..redaction import holds_secret, redact
 from ..sizes import MIB, parse_bytes
-from ..specs import MomentDType, RecordDType, Tier
+from ..specs import MEMORY_SAVE_STEPS, MomentDType, RecordDType, Tier
 
 __all__ = ["ALIASES", "ELSEWHERE", "GROUPS", "FinetuneConfig", "load_config", "read_yaml", "suggest"]
 
@@ -61,6 +61,8 @@ ALIASES = {
     "max_seq_length": "max_length",
     "sequence_len": "max_length",
     "nvme_path": "disk",
+    "rows": "per_device_train_batch_size",
+    "tier": "home",
 }
 
 # Keys a user may expect and will not find: what happens instead.
@@ -77,11 +79,6 @@ ELSEWHERE = {
     "optim": "the optimizer is AdamW",
     "deepspeed": "offload moves the state by itself: set device_memory, host_memory and disk",
 }
-
-
-# With everything on disk a commit costs milliseconds, and each step has one. From memory it writes all
-# that a step changes, which is everything: every step of them would cost what a home on disk costs.
-MEMORY_SAVE_STEPS = 100
 
 
 # A configuration has some forty keys; a file longer than this is something else.
@@ -236,6 +233,9 @@ class FinetuneConfig(BaseModel):
         None,
         description="Clip to this global norm; keeps a step's gradients in host memory. 0: do not.",
     )
+    gradient_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Dtype of gradients that clipping keeps; bfloat16 rounds them, half the bytes."
+    )
     on_non_finite: Literal["skip", "rollback", "stop"] = Field(
         "stop",
         description="When a loss or gradient is not finite: skip the batch; skip, then go back to the "
@@ -258,6 +258,9 @@ class FinetuneConfig(BaseModel):
     )
     device_memory: Size | None = Field(None, description="Bytes offload may hold on the device.")
     host_memory: Size | None = Field(None, description="Bytes offload may hold in host memory.")
+    activations_nbytes: Size | None = Field(
+        None, description="Of these, bytes for saved inputs of units; what the rest leaves."
+    )
     disk: Annotated[list[UserPath], BeforeValidator(_as_list)] = Field(
         default=[], description="Directories for the state, one per drive; output_dir/state if none."
     )
@@ -295,6 +298,12 @@ class FinetuneConfig(BaseModel):
         for key in ("on_non_finite", "on_loss_spike"):
             if getattr(self, key) == "rollback" and self.snapshot_steps is None:
                 raise ValueError(f"{key}: rollback goes back to a snapshot: set snapshot_steps, such as 100")
+        return self
+
+    @model_validator(mode="after")
+    def _check_gradients(self) -> Self:
+        if self.gradient_dtype is not None and self.max_grad_norm is None:
+            raise ValueError("gradient_dtype is that of gradients that clipping keeps: set max_grad_norm")
         return self
 
     @model_validator(mode="after")

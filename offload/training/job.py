@@ -83,6 +83,8 @@ def prepare_job(config: FinetuneConfig, output: OutputDirectory, stack: ExitStac
             "dtype": config.dtype,
             "moments": config.moments,
             "compute_dtype": compute,
+            # Runs from before there was a choice have no such key.
+            **({} if config.gradient_dtype is None else {"gradient_dtype": config.gradient_dtype}),
         },
         device=device,
         compute_dtype=compute,

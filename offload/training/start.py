@@ -81,6 +81,8 @@ def _options(job: Job, pointer: RunPointer, *, resume: bool) -> RuntimeOptions:
             weight_decay=config.weight_decay,
         ),
         max_grad_norm=config.max_grad_norm,
+        gradient_dtype=config.gradient_dtype,
+        activations_nbytes=config.activations_nbytes,
         on_non_finite=config.on_non_finite,
         max_non_finite_steps=config.max_non_finite_steps,
         max_rollbacks=config.max_rollbacks,

@@ -39,6 +39,10 @@ ARGUMENTS = {
         *SMALL,
         *("--kept", "1", "--rounds", "1", "--warm-up", "1", "--steps", "1", "--length", "8"),
     ],
+    "plan_accuracy": [
+        *("--shapes", "toy", "--homes", "disk", "--warm-up", "1", "--rounds", "1", "--steps", "1"),
+        *("--host-memory", "64MiB", "--device-memory", "64MiB", "--length", "8"),
+    ],
     "verify": ["--size", "64MiB", "--rounds", "1"],
     "whole_step": [*SMALL, "--steps", "2", "--kill-at", "1", "--length", "8", "--learning-rate", "0.01"],
     "quality_8bit": ["--seeds", "1", "--scratch-steps", "2", "--scratch-rows", "1"],
@@ -56,6 +60,7 @@ COLUMNS = {
     "host_cache": {"cached", "step", "committed", "loss", "seconds"},
     "kill_loop": {"killed at", "status", "resumed at step"},
     "io": {"part", "op", "block_nbytes", "depth", "round", "contender", "nbytes", "elapsed_s", "cpu_s"},
+    "plan_accuracy": {"shape", "home", "round", "step_s", "predicted step, s", "measured host peak, B"},
     "verify": {"part", "round", "contender", "nbytes", "elapsed_s", "cpu_s"},
     "whole_step": {"attempt", "step", "loss", "step_s", "read_nbytes", "written_nbytes"},
     "overlap": {"round", "step", "compute", "disk", "ratio"},

@@ -62,7 +62,7 @@ def test_dashes_are_underscores(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_an_alias_is_taken_with_one_warning(alias: str, caplog: pytest.LogCaptureFixture) -> None:
-    value = {"lr_scheduler": "cosine", "warmup_ratio": "0.1"}.get(alias, "8")
+    value = {"lr_scheduler": "cosine", "warmup_ratio": "0.1", "tier": "host"}.get(alias, "8")
     flags: dict[str, Any] = {key: v for key, v in REQUIRED.items() if key != ALIASES[alias]}
     with caplog.at_level(logging.WARNING):
         config = load_config(None, flags | {alias: value})

@@ -64,7 +64,10 @@ LAYERS = (
     "optim",
     "runtime.options",
     "runtime.memory",
+    "report",
+    "planner",  # pure: what a run would cost; calls plan_memory as compose does
     "runtime.measured",
+    "preflight",  # the machine as it is now, before a run
     "runtime.io_setting",
     "runtime.stripes",
     "runtime.blueprint",
@@ -94,14 +97,14 @@ LAYERS = (
     "training.spikes",
     "training.guard",
     "training.job",
+    "training.planning",
+    "training.outcome",
     "training.start",
     "training.evaluation",
     "training.loop",
     "training.finetune",
     "generate",
-    "report",
     "doctor",
-    "planner",  # pure: what a run would cost; calls plan as compose does
     "cli",
 )
 

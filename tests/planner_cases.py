@@ -20,7 +20,7 @@ from offload.planner import (
 )
 from offload.sizes import GIB, MIB
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "machines"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "machines"
 
 
 def example(name: str) -> Machine:
