@@ -229,6 +229,7 @@ class _Ours:
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
+            "preflight": False,
         }
         return load_config(None, flags)
 

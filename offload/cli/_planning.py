@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
@@ -25,10 +26,15 @@ from ..planner import (
     describe_config,
     find_shape,
 )
+from ..planner.model import build_without_memory
 from ..sizes import parse_bytes
 from ..specs import Tier
+from ..training.config import load_config
+from ..training.job import choose_device
+from ..training.output import OutputDirectory
+from ..training.planning import RunQuestion, run_question
 
-__all__ = ["commands_of", "read_machine", "read_model", "room_of", "what_if"]
+__all__ = ["commands_of", "read_machine", "read_model", "read_run", "room_of", "what_if"]
 
 # What transformers raises for a config that is no mapping, or whose values are of other types.
 _UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -43,6 +49,36 @@ def read_model(name: str) -> ModelFacts:
     if not _is_path(name):
         return describe_config(config_of_shape(find_shape(name)), name)
     path = Path(name).expanduser()
+    return describe_config(_read_config(path), path.name if path.is_dir() else str(path))
+
+
+def read_run(path: Path) -> tuple[Question, ModelFacts, tuple[str, ...]]:
+    """Return the question that a configuration of `offload finetune` is, as that command asks it.
+
+    Raises:
+        ConfigError: the configuration, or its model's, cannot be used; or nobody measured the machine.
+    """
+    config = load_config(path, {})
+    device, compute = choose_device(config)
+    name = config.model_name_or_path
+    model = build_without_memory(_read_config(name), name.name).to(getattr(torch, compute))
+    output = OutputDirectory(config.output_dir)
+    pointer = output.pointer()
+    asked = RunQuestion(
+        config,
+        model,
+        tuple(config.disk) or (output.state,),
+        device,
+        compute,
+        resumes=pointer is not None and pointer.imported,
+    )
+    question, facts, lines = run_question(asked)
+    if question is None:
+        raise ConfigError(_no_machine(default_machine_path(), asked=False))
+    return question, facts, lines
+
+
+def _read_config(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(
@@ -56,7 +92,7 @@ def read_model(name: str) -> ModelFacts:
         raise ConfigError(f"transformers cannot use {file}: {text or type(error).__name__}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{file} is of a quantized model; plan for the model that it was made from")
-    return describe_config(config, path.name if path.is_dir() else str(path))
+    return config
 
 
 def read_machine(path: Path | None) -> Machine:

@@ -15,7 +15,7 @@ from ..sizes import format_bytes, parse_bytes
 from ..specs import MomentDType, RecordDType, Tier
 
 if TYPE_CHECKING:
-    from ..planner import Answer, Question
+    from ..planner import Answer, ModelFacts, Question
 
 __all__ = ["plan_command"]
 
@@ -24,6 +24,9 @@ HELP = """Say how a model would train on a machine: where its state lives, how f
 MODEL is a directory with a config.json (weights are not needed), or the name of a published shape, such as
 llama-65b, qwen2.5-7b or gpt-175b. The machine is what offload bench measured of this one, or --machine FILE:
 examples/machines holds some that you may not have.
+
+MODEL may also be the YAML file of a run of offload finetune: then the plan is the one that this run obeys,
+and the machine is measured for some seconds, as that command does it.
 
 The table has a row for each link; the slowest one sets the pace. Every figure is bytes over bytes a second
 (--explain shows them). What does not fit is refused with the bytes that are lacking and the nearest plan
@@ -34,6 +37,8 @@ Examples:
   offload plan llama-65b --machine examples/machines/workstation-4090-4-drives.json
 
   offload plan models/my-model --batch 32 --length 2048 --moments 8bit --tbw 600TB
+
+  offload plan run.yaml --explain
 
   offload plan llama-13b --what-if disks=4,host=256GiB
 
@@ -217,18 +222,28 @@ def plan_command() -> Callable[..., None]:
         try:
             # Imported here: torch and transformers take seconds, which --help and a typo need not.
             from ..planner import Question, default_budgets
-            from ._planning import read_machine, room_of
+            from ._planning import read_machine, read_model, read_run, room_of
         except ModuleNotFoundError as error:
             if error.name == "transformers":
                 raise ConfigError(
                     "offload plan needs transformers: python3 -m pip install 'offload[hf]'"
                 ) from error
             raise
+        if Path(model).suffix in (".yaml", ".yml"):
+            if typed := _typed(given):
+                raise ConfigError(f"{model} decides --{', --'.join(typed)}: change its keys")
+            question, facts, lines = read_run(Path(model))
+            for line in lines:
+                typer.echo(line, err=True)
+            _answer(
+                model, facts, question, given, what_if=what_if, explain=explain, as_json=json, is_run=True
+            )
+            return
         found = read_machine(machine)
         host, device = default_budgets(found)
         settings |= {"host_memory": host, "device_memory": device} | sizes
         question = Question(machine=found, room_nbytes=room_of(found), **settings)
-        _answer(model, question, given, what_if=what_if, explain=explain, as_json=json)
+        _answer(model, read_model(model), question, given, what_if=what_if, explain=explain, as_json=json)
 
     plan.__doc__ = HELP
     return plan
@@ -236,12 +251,14 @@ def plan_command() -> Callable[..., None]:
 
 def _answer(
     name: str,
+    model: ModelFacts,
     question: Question,
     given: dict[str, str | None],
     *,
     what_if: str | None,
     explain: bool,
     as_json: bool,
+    is_run: bool = False,
 ) -> None:
     from ..planner import plan_training, to_document, to_json
     from ..planner.pages import comparison_section
@@ -249,7 +266,6 @@ def _answer(
     from . import _planning
 
     changed = None if what_if is None else _planning.what_if(question, what_if)
-    model = _planning.read_model(name)
     answer = plan_training(question, model)
     if changed is not None and what_if is not None:
         other = plan_training(changed, model)
@@ -258,24 +274,25 @@ def _answer(
 
             sys.stdout.write(print_json({"as_it_is": to_document(answer), "what_if": to_document(other)}))
         else:
-            print_sections([comparison_section(answer, other, what_if), *_sections(other, explain)])
+            print_sections([comparison_section(answer, other, what_if), *_sections(other, explain, is_run)])
         return
     if as_json:
         sys.stdout.write(to_json(answer))
-    elif sections := _sections(answer, explain):
+    elif sections := _sections(answer, explain, is_run):
         print_sections(sections)
-    if answer.plan is None and not answer.fits_without:
+    if answer.plan is None and (is_run or not answer.fits_without):
         raise CapacityError(_refusal(answer, name, given))
 
 
-def _sections(answer: Answer, explain: bool) -> list[Any]:
+def _sections(answer: Answer, explain: bool, is_run: bool) -> list[Any]:
     from ..planner.pages import answer_sections, explain_section
     from ..report.sections import Section
 
     sections = []
     if answer.fits_without:
         sections.append(Section("It fits without offload", lines=(_fits_words(answer),)))
-        if answer.question.home is None:
+        # A run takes place all the same.
+        if answer.question.home is None and not is_run:
             return sections
     if answer.plan is not None:
         sections += answer_sections(answer)
@@ -298,10 +315,13 @@ def _refusal(answer: Answer, name: str, given: dict[str, str | None]) -> str:
     from ..planner.pages import refusal_text
     from ._planning import commands_of
 
-    # What stands at its default need not be typed.
+    return refusal_text(answer, commands_of(answer.suggestions, name, _typed(given)))
+
+
+def _typed(given: dict[str, str | None]) -> dict[str, str | None]:
+    """Return the options that do not stand at their defaults, which need not be typed."""
     defaults = {"batch": "16", "length": "1024", "moments": "float32", "dtype": "bfloat16", "commit": "on"}
-    typed = {key: value for key, value in given.items() if defaults.get(key) != value}
-    return refusal_text(answer, commands_of(answer.suggestions, name, typed))
+    return {key: value for key, value in given.items() if defaults.get(key) != value}
 
 
 def _one_of(option: str, value: str, choices: Sequence[str]) -> Any:

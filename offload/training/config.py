@@ -273,11 +273,14 @@ class FinetuneConfig(BaseModel):
     compute_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Dtype of the arithmetic; bfloat16 on a GPU, else float32."
     )
-    home: Literal["disk", "host", "device"] = Field(
-        "disk", description="Where the state rests between uses; commits write what changed to the drives."
+    home: Literal["disk", "host", "device"] | None = Field(
+        None, description="Where the state rests between uses; the plan's choice, disk without one."
     )
-    host_cache: Size = Field(
-        0, description="Of host_memory, bytes of records on disk to keep there; offload plan says how many."
+    preflight: bool = Field(
+        True, description="Measure the machine for some seconds first, plan with it, warn of a slow link."
+    )
+    host_cache: Size | None = Field(
+        None, description="Of host_memory, bytes of records on disk to keep there; the plan's choice."
     )
     save_steps: Positive | None = Field(
         None,
@@ -316,14 +319,15 @@ class FinetuneConfig(BaseModel):
         return self
 
     @property
-    def tier(self) -> Tier:
-        """`home` as a tier."""
-        return Tier(self.home)
+    def tier(self) -> Tier | None:
+        """`home` as a tier; None leaves it to the plan."""
+        return None if self.home is None else Tier(self.home)
 
     @property
     def commit_steps(self) -> int:
-        """Steps between commits: `save_steps`, or what suits where the state is."""
-        return self.save_steps or (1 if self.home == "disk" and not self.host_cache else MEMORY_SAVE_STEPS)
+        """Steps between commits: `save_steps`, or what suits where the state is; 1 where that is open."""
+        on_disk = self.home in (None, "disk") and not self.host_cache
+        return self.save_steps or (1 if on_disk else MEMORY_SAVE_STEPS)
 
     @property
     def rows_per_step(self) -> int:

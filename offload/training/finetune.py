@@ -18,12 +18,14 @@ import numpy as np
 
 from ..errors import StorageError
 from ..export.checkpoint import ExportOptions, export
+from ..planner import TrainingPlan
 from ..runtime.runtime import Runtime
 from ..sizes import format_bytes, format_time
 from ..trace import Tracer
 from .config import FinetuneConfig
 from .job import Job, prepare_job
 from .loop import train
+from .outcome import compare_with_plan, outcome_lines
 from .output import OutputDirectory, RunPointer
 from .progress import Progress, format_amount
 from .start import start_run
@@ -61,7 +63,8 @@ def finetune(config: FinetuneConfig, *, echo: Callable[[str], None] | None = Non
         job = prepare_job(config, output, stack)
         progress = Progress(num_steps=job.num_steps, logging_steps=config.logging_steps, echo=echo)
         tracer = Tracer(enabled=config.trace is not None)
-        runtime, pointer = start_run(job, output, progress, tracer, stack)
+        runtime, pointer, plan = start_run(job, output, progress, tracer, stack)
+        first = runtime.global_step
         if parked := runtime.plan.describe_parked():
             progress.line(parked)
         if (path := config.trace) is not None:
@@ -70,6 +73,8 @@ def finetune(config: FinetuneConfig, *, echo: Callable[[str], None] | None = Non
         if exit_code:
             return FinetuneResult(runtime.global_step, exit_code, None)
         _report(job, runtime, output, progress)
+        if plan is not None:
+            _report_plan(plan, first, runtime, output, progress)
         _export(job, runtime, output, pointer, progress)
         return FinetuneResult(runtime.global_step, 0, output.final)
 
@@ -97,6 +102,26 @@ def _report(job: Job, runtime: Runtime, output: OutputDirectory, progress: Progr
         f"peaks: host {format_bytes(stats.host_high_water_nbytes)}, device "
         f"{format_bytes(stats.device_high_water_nbytes)} under lease"
     )
+
+
+def _report_plan(
+    plan: TrainingPlan, first: int, runtime: Runtime, output: OutputDirectory, progress: Progress
+) -> None:
+    """Put what was measured beside what was predicted, on the screen and in the metrics."""
+    records = output.read_metrics()
+    # Steps of an earlier start may have had another plan.
+    steps = [record for record in records if "loss" in record and record["step"] > first]
+    figures = compare_with_plan(plan, steps, runtime.stats())
+    for line in outcome_lines(figures):
+        progress.line(line)
+    if figures:
+        output.append_metrics(
+            {
+                "step": runtime.global_step,
+                "predicted": {figure.name: figure.predicted for figure in figures},
+                "measured": {figure.name: figure.measured for figure in figures},
+            }
+        )
 
 
 def _mean_loss(records: list[dict[str, Any]]) -> float:

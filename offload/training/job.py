@@ -18,11 +18,12 @@ from transformers import get_scheduler
 from ..errors import ConfigError
 from ..export.checkpoint import check_export_target
 from ..hf import PretrainedSource, load_tokenizer, open_pretrained
+from ..runtime.options import ComputeDType
 from .config import FinetuneConfig
 from .data import Batches, Rows, find_files, pack_rows, read_texts, split_rows
 from .output import OutputDirectory
 
-__all__ = ["Job", "learning_rates", "prepare_job"]
+__all__ = ["Job", "choose_device", "learning_rates", "prepare_job"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Job:
     learning_rate: Callable[[int], float]
     identity: Mapping[str, Any]
     device: torch.device
-    compute_dtype: Any
+    compute_dtype: ComputeDType
     disk: tuple[Path, ...]
 
     @property
@@ -53,8 +54,7 @@ def prepare_job(config: FinetuneConfig, output: OutputDirectory, stack: ExitStac
     check_export_target(output.final)
     if config.trace is not None and not config.trace.absolute().parent.is_dir():
         raise ConfigError(f"trace: {config.trace.absolute().parent} is not a directory; make it first")
-    device = _device(config)
-    compute = config.compute_dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    device, compute = choose_device(config)
     model, source = open_pretrained(config.model_name_or_path, dtype=getattr(torch, compute))
     stack.callback(source.close)
     tokenizer = load_tokenizer(config.model_name_or_path)
@@ -111,10 +111,16 @@ def learning_rates(config: FinetuneConfig, num_steps: int) -> Callable[[int], fl
     return lambda step: config.learning_rate * float(factor(step))
 
 
-def _device(config: FinetuneConfig) -> torch.device:
+def choose_device(config: FinetuneConfig) -> tuple[torch.device, ComputeDType]:
+    """Return where a run computes, and in what dtype.
+
+    Raises:
+        ConfigError: CUDA was asked for, and there is none.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for and torch sees no CUDA device; write device: cpu")
-    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, config.compute_dtype or ("bfloat16" if device.type == "cuda" else "float32")
 
 
 def _check_fits(model: torch.nn.Module, rows: Rows, config: FinetuneConfig) -> None:

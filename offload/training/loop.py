@@ -95,6 +95,8 @@ def _take_steps(
             seconds=now_s - began_s,
             read_nbytes=after.disk_read_nbytes - before.disk_read_nbytes,
             written_nbytes=after.disk_written_nbytes - before.disk_written_nbytes,
+            to_device_nbytes=after.to_device_nbytes - before.to_device_nbytes,
+            to_host_nbytes=after.to_host_nbytes - before.to_host_nbytes,
             grad_norm=runtime.grad_norm,
             commit_s=commit_s,
         )
@@ -147,6 +149,8 @@ def _record(job: Job, report: StepReport) -> dict[str, Any]:
         "seconds": report.seconds,
         "disk_read_nbytes": report.read_nbytes,
         "disk_written_nbytes": report.written_nbytes,
+        "to_device_nbytes": report.to_device_nbytes,
+        "to_host_nbytes": report.to_host_nbytes,
         "grad_norm": report.grad_norm,
         "commit_seconds": report.commit_s,
     }

@@ -42,6 +42,8 @@ class StepReport:
         seconds: since the step before ended.
         read_nbytes: bytes read from drives since then.
         written_nbytes: bytes written to drives since then.
+        to_device_nbytes: bytes copied to the device since then.
+        to_host_nbytes: bytes copied from the device since then.
         grad_norm: 2-norm of all gradients, before clipping; None where it was not measured.
         commit_s: what the last commit took, in the background; None before the first.
     """
@@ -53,6 +55,8 @@ class StepReport:
     seconds: float
     read_nbytes: int
     written_nbytes: int
+    to_device_nbytes: int = 0
+    to_host_nbytes: int = 0
     grad_norm: float | None = None
     commit_s: float | None = None
 

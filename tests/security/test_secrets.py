@@ -112,6 +112,7 @@ def write_config(work: Path, *, name: str = "run.yaml", **changes: object) -> Pa
         "max_length": 32,
         "max_steps": 2,
         "trace": "trace.json.gz",
+        "preflight": False,
         "disk": "drive",
         **changes,
     }

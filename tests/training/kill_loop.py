@@ -61,7 +61,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "two drives": {"disk": ["a", "b"]},
 }
 # What metrics say of time and transfers depends on who was killed when.
-MEASURED = ("seconds", "commit_seconds", "disk_read_nbytes", "disk_written_nbytes", "num_tokens")
+MEASURED = (
+    *("seconds", "commit_seconds", "num_tokens"),
+    *("disk_read_nbytes", "disk_written_nbytes", "to_device_nbytes", "to_host_nbytes"),
+)
 NAMES = re.compile(r"OFFLOAD_RUN|lock|data\.bin|manifest-\d+|snapshot-rolling-[0-9-]+(\.bin)?")
 
 
