@@ -21,9 +21,9 @@ HELP = """Fine-tune every parameter of a local model whose state need not fit in
 
 Write the keys below into a YAML file, give them as flags, or both: a flag wins. Texts are packed into
 rows; weights and optimizer state are streamed through the budgets from the drives; every step is
-committed (with home: host or device, every save_steps-th). Run the same command again to go on after
-a stop, a crash or a power cut; budgets, homes and drives' places may change then. The result is a
-Hugging Face model directory in output_dir/final.
+committed (with home: host or device, every save_steps-th; with commit: off, the last alone). Run the same
+command again to go on after a stop, a crash or a power cut; budgets, homes and drives' places may change
+then. The result is a Hugging Face model directory in output_dir/final.
 
 Ctrl-C or SIGTERM once finishes the step, commits it and stops (exit code 130 or 143); twice leaves at
 once, and nothing committed is lost. How long a stop takes is printed after the second step.
@@ -94,6 +94,8 @@ def _options() -> list[inspect.Parameter]:
     for name, field in FinetuneConfig.model_fields.items():
         group = GROUPS.get(name, group)
         default = field.get_default(call_default_factory=True)
+        if isinstance(default, bool):
+            default = "on" if default else "off"
         # None, [] and a required key have no default to show; their descriptions say what happens.
         shown = "" if field.is_required() or default in (None, []) else f" (default: {default})"
         many = typing.get_origin(field.annotation) is list
@@ -130,4 +132,4 @@ def _metavar(annotation: Any, name: str) -> str:
         return "SIZE"
     if typing.get_origin(kind) is list or kind is Path:
         return "PATH"
-    return {int: "INT", float: "FLOAT"}.get(kind, "TEXT")
+    return {int: "INT", float: "FLOAT", bool: "on|off"}.get(kind, "TEXT")

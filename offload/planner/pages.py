@@ -188,10 +188,6 @@ def _others_section(answer: Answer) -> Section:
 
 
 def _run_section(plan: TrainingPlan) -> Section:
-    if not plan.options.commit:
-        # No key of `offload finetune`.
-        code = "".join(f"{key}={value!r},\n" for key, value in plan.settings.items())
-        return Section("For offload.attach", code=code, language="python")
     keys = {
         "home": plan.memory.home.value,
         "host_memory": _yaml_size(plan.options.host_memory),
@@ -203,7 +199,8 @@ def _run_section(plan: TrainingPlan) -> Section:
         "per_device_train_batch_size": plan.rows,
         "gradient_accumulation_steps": plan.batch // plan.rows,
         "max_length": plan.length,
-        "save_steps": plan.options.save_steps,
+        "save_steps": plan.options.save_steps if plan.options.commit else None,
+        "commit": None if plan.options.commit else "off",
         "max_grad_norm": plan.options.max_grad_norm,
         "gradient_dtype": plan.options.gradient_dtype,
         "activations_nbytes": plan.options.activations_nbytes,

@@ -239,7 +239,7 @@ def _cure_of_generations(directories: Sequence[str], manifest: Manifest, beside_
     if not has_room(directories, [nbytes + beside_nbytes for nbytes in lengths]):
         return _CURE
     return (
-        f"{_CURE}; or attach with commit=False, which takes {format_bytes(sum(lengths))} in place of"
+        f"{_CURE}; or set commit: off, which takes {format_bytes(sum(lengths))} in place of"
         f" {format_bytes(sum(manifest.drive_nbytes))} on all drives, and loses the run in a crash"
     )
 

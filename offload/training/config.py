@@ -286,6 +286,9 @@ class FinetuneConfig(BaseModel):
         None,
         description=f"Steps between commits; 1 if all is on disk, else {MEMORY_SAVE_STEPS}. A stop commits.",
     )
+    commit: bool = Field(
+        True, description="on or off. off: half the room on the drives, no commits; a crash loses the run."
+    )
     io_engine: EngineName | None = Field(None, description="I/O engine; the fastest that works here.")
     queue_depth: Positive | None = Field(
         None, description="I/O operations in flight on a drive; what offload bench measured best, else 32."
@@ -311,10 +314,27 @@ class FinetuneConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_undoing(self) -> Self:
-        if self.on_non_finite != "stop" and self.commit_steps > 1 and self.max_grad_norm is None:
+        if self.on_non_finite == "stop" or self.max_grad_norm is not None:
+            return self
+        if self.commit_steps > 1 or not self.commit:
+            why = f"commits are {self.commit_steps} steps apart" if self.commit else "commit is off"
+            cure = "save_steps: 1" if self.commit else "commit: on"
             raise ValueError(
                 f"on_non_finite: {self.on_non_finite} cannot undo updates that run during backward when"
-                f" commits are {self.commit_steps} steps apart: set save_steps: 1, or max_grad_norm"
+                f" {why}: set {cure}, or max_grad_norm"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_commit(self) -> Self:
+        if self.commit:
+            return self
+        if self.save_steps is not None:
+            raise ValueError("save_steps: the steps between commits, and commit: off has none; leave one out")
+        if self.snapshot_steps is not None:
+            raise ValueError(
+                "snapshot_steps: a snapshot is copied from what no write goes over, and with commit: off"
+                " everything is written in place; leave one out"
             )
         return self
 

@@ -102,6 +102,14 @@ def _report(job: Job, runtime: Runtime, output: OutputDirectory, progress: Progr
         f"peaks: host {format_bytes(stats.host_high_water_nbytes)}, device "
         f"{format_bytes(stats.device_high_water_nbytes)} under lease"
     )
+    if len(stats.drives) > 1:
+        shares = (
+            f"{load.directory} {load.share:.0%} of the bytes at {load.bytes_per_s / 1e9:.2f} GB/s"
+            for load in stats.drives
+        )
+        progress.line(f"drives, while at work: {', '.join(shares)}")
+    for sentence in stats.slow_drives:
+        progress.line(sentence)
 
 
 def _report_plan(

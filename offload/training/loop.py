@@ -50,6 +50,8 @@ def train(job: Job, runtime: Runtime, output: OutputDirectory, progress: Progres
         except OffloadError:
             progress.line(
                 f"the run stands at step {runtime.committed_step}, committed; start it again to go on"
+                if runtime.is_resumable
+                else "the run is lost, since commit is off: remove it with 'offload clean' and start anew"
             )
             raise
     if stop.requested and runtime.global_step < job.num_steps:
@@ -104,11 +106,11 @@ def _take_steps(
         # Before the commit: a step that is committed then always has its record.
         output.append_metrics(_record(job, report))
         runtime.step(guard.state)
-        if step == first:
+        if step == first and job.config.commit:
             # Whatever `save_steps` is: how long it takes shall be known early, and that it works.
             runtime.commit()
         progress.step(report)
-        if not told and step > first and commit_s is not None:
+        if not told and step > first and (commit_s is not None or not job.config.commit):
             # Not of the first step, which warms up.
             progress.line(_stop_time(report.seconds, commit_s))
             told = True
@@ -120,7 +122,12 @@ def _take_steps(
             evaluate(job, runtime, output, progress, stop)
 
 
-def _stop_time(step_s: float, commit_s: float) -> str:
+def _stop_time(step_s: float, commit_s: float | None) -> str:
+    if commit_s is None:
+        return (
+            f"a stop (Ctrl-C, SIGTERM) ends after the step, within about {format_time(step_s)}, and commits"
+            " it: the only commit there is; SIGKILL before that loses the run"
+        )
     return (
         f"a stop (Ctrl-C, SIGTERM) ends after the step, within about {format_time(step_s + commit_s)}: its"
         f" commit takes {format_time(commit_s)}; wait longer than that before SIGKILL"

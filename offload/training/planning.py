@@ -97,6 +97,7 @@ def run_question(asked: RunQuestion) -> tuple[Question | None, ModelFacts, tuple
         gradient_dtype=config.gradient_dtype,
         # Updates that run during backward are undone by going back to the commit before the step.
         save_steps=config.save_steps or (1 if undoes else None),
+        commit=config.commit,
         flops_per_s=_flops_per_s(asked, facts),
         activations_nbytes=config.activations_nbytes,
         snapshots=config.snapshot_steps is not None,
@@ -120,8 +121,9 @@ def plan_lines(answer: Answer) -> tuple[str, ...]:
     assert plan is not None
     options, memory = plan.options, plan.memory
     commits = "every step" if options.save_steps == 1 else f"every {options.save_steps} steps"
+    commits = f"a commit {commits}" if options.commit else "no commits"
     lines = [
-        f"plan: home {memory.home.value}, {plan.rows} rows at once, window of {memory.window}, a commit"
+        f"plan: home {memory.home.value}, {plan.rows} rows at once, window of {memory.window},"
         f" {commits}; moments {options.moments}, weights {options.dtype}",
         f"plan: a step in about {format_time(plan.step_s)}, {plan.tokens_per_s:,.0f} tokens/s, set by"
         f" {plan.bottleneck}; {format_amount(plan.traffic.disk_read_nbytes)} read and"

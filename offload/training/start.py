@@ -77,6 +77,11 @@ def start_run(
             raise
         stack.enter_context(runtime)
     pointer = output.mark_imported(pointer, job.disk)
+    if not job.config.commit:
+        progress.line(
+            "commit is off: the state is written in place, and A CRASH, A KILL OR A POWER CUT LOSES THIS RUN;"
+            " it goes on only from an orderly stop (one Ctrl-C or SIGTERM) or its end"
+        )
     return runtime, pointer, plan
 
 
@@ -118,6 +123,7 @@ def _attach(
         home=config.tier,
         host_cache_nbytes=config.host_cache or 0,
         save_steps=config.commit_steps,
+        commit=config.commit,
         **settings,
     )
     return attach(job.model, options, **more)

@@ -116,7 +116,8 @@ def test_commit_off_is_named_where_the_drives_lack_the_room_for_two():
     there = plan_training(replace(asked, commit=False), shape("llama-7b"))
     assert there.plan is not None
     sections = {section.title: section for section in answer_sections(there)}
-    assert "commit=False,\n" in sections["For offload.attach"].code
+    assert "commit: off\n" in sections["For the configuration of offload finetune"].code
+    assert "save_steps" not in sections["For the configuration of offload finetune"].code
     assert any("a crash loses the run" in value for _, value in sections["A step"].facts)
 
 

@@ -261,6 +261,6 @@ def test_a_drive_without_room_for_two_generations_names_commit_off_where_one_fit
     free_nbytes = error.value.asked_nbytes - sum(spec.nbytes for spec in SPECS if spec.mutable) + spare_nbytes
     with pytest.raises(DiskFullError) as error:
         Store.create(dirs, SPECS, engine=engine, chunk_nbytes=CHUNK)
-    assert ("attach with commit=False" in str(error.value)) == named
+    assert ("set commit: off" in str(error.value)) == named
     if named:
         create(dirs, engine).close()
