@@ -12,7 +12,6 @@ Thread rule: the caller's thread, with torch's threads.
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -24,8 +23,9 @@ __all__ = ["ComputeSpeed", "compute_speed"]
 # The depths that are timed.
 _SHALLOW, _DEEP = 1, 3
 
-# Timed so often after one to warm up; the median counts.
-_ROUNDS = 3
+# Timed so often after one to warm up, in turn. The shortest counts: what disturbs only ever adds time, and
+# the difference of two medians can be anything.
+_ROUNDS = 4
 
 # Of the memory that is free, so much may be taken for a moment.
 _MEMORY_SHARE = 4
@@ -81,8 +81,8 @@ def compute_speed(
     tokens = limit_s / (2 * (_ROUNDS + 1) * token_s)
     length = max(short, min(length, int(tokens)))
     rows = max(1, min(rows, int(tokens // length)))
-    timed = {runner: [runner.seconds(rows, length) for _ in range(_ROUNDS + 1)] for runner in (shallow, deep)}
-    shallow_s, deep_s = (statistics.median(timed[runner][1:]) for runner in (shallow, deep))
+    timed = [(shallow.seconds(rows, length), deep.seconds(rows, length)) for _ in range(_ROUNDS + 1)][1:]
+    shallow_s, deep_s = (min(seconds) for seconds in zip(*timed, strict=True))
     layer_s = max(0.0, deep_s - shallow_s) / max(1, depths[1] - depths[0])
     return ComputeSpeed(
         seconds=shallow_s + (depth - depths[0]) * layer_s,
