@@ -78,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     chunks, whole = found["in chunks"], found["whole"]
-    report.bar("peak in chunks / whole", _peak(chunks) / _peak(whole), PEAK_BAR)
+    if _peak(whole) > 0:
+        report.bar("peak in chunks / whole", _peak(chunks) / _peak(whole), PEAK_BAR)
+    else:
+        report.say("The steps are too short for their memory to be seen.")
     seconds = [statistics.median(step.seconds for step in steps) for steps in (chunks, whole)]
     report.bar("step in chunks / whole, medians", seconds[0] / seconds[1], TIME_BAR)
     differences = (abs(one.loss / other.loss - 1) for one, other in zip(chunks, whole, strict=True))

@@ -122,9 +122,12 @@ def plan_lines(answer: Answer) -> tuple[str, ...]:
     options, memory = plan.options, plan.memory
     commits = "every step" if options.save_steps == 1 else f"every {options.save_steps} steps"
     commits = f"a commit {commits}" if options.commit else "no commits"
+    cache = (
+        f", a host cache of {format_bytes(options.host_cache_nbytes)}" if options.host_cache_nbytes else ""
+    )
     lines = [
-        f"plan: home {memory.home.value}, {plan.rows} rows at once, window of {memory.window},"
-        f" {commits}; moments {options.moments}, weights {options.dtype}",
+        f"plan: home {memory.home.value}, {plan.rows} rows at once, window of {memory.window}"
+        f"{cache}, {commits}; moments {options.moments}, weights {options.dtype}",
         f"plan: a step in about {format_time(plan.step_s)}, {plan.tokens_per_s:,.0f} tokens/s, set by"
         f" {plan.bottleneck}; {format_amount(plan.traffic.disk_read_nbytes)} read and"
         f" {format_amount(plan.step_written_nbytes)} written a step"
