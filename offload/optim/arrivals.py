@@ -17,11 +17,12 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..buffers import Arena
 from ..codec import view_elements
+from ..specs import TensorSpec
 from ..tiers.disk_gradients import DiskGradients
 from ..tiers.gradients import FinishedGradient
 from ..trace import Tracer
@@ -83,12 +84,18 @@ class Arrivals:
     def __init__(
         self,
         *,
+        tensors: Mapping[str, Sequence[TensorSpec]],
         host: Arena,
         disk: DiskGradients | None,
         num_threads: int,
         on_error: Callable[[BaseException], None],
         trace: Tracer,
     ) -> None:
+        """
+        Args:
+            tensors: the trainable ones by owner; each is measured alone.
+        """
+        self._tensors = tensors
         self._host = host
         self._disk = disk
         self._num_threads = num_threads
@@ -154,7 +161,7 @@ class Arrivals:
         arrival.measurement.put(is_finite=is_finite)
         self._norms.put(arrival.owner, squared, is_finite=is_finite)
 
-    def _measure(self, owner: str, gradient: FinishedGradient) -> tuple[float, bool]:
+    def _measure(self, owner: str, gradient: FinishedGradient) -> tuple[tuple[float, ...], bool]:
         began_s = time.perf_counter()
         gradient.arrived.wait()
         waited_s = time.perf_counter()
@@ -163,7 +170,11 @@ class Arrivals:
         memory = self._host.view(gradient.host, 0, gradient.numel * gradient.dtype.itemsize)
         flat = view_elements(memory, gradient.dtype, gradient.numel)
         with self._trace.span(owner, "norm", elements=gradient.numel):
-            return squared_norm(flat, num_threads=self._num_threads)
+            measured = [
+                squared_norm(flat[spec.offset : spec.end], num_threads=self._num_threads)
+                for spec in self._tensors[owner]
+            ]
+        return tuple(squared for squared, _ in measured), all(is_finite for _, is_finite in measured)
 
     def _fail(self, arrival: _Arrival, error: BaseException) -> None:
         # Before whoever waits for the norm, or for a slot, goes on.

@@ -1,10 +1,10 @@
-"""The global norm of a step's gradients, from one squared norm per record.
+"""The global norm of a step's gradients, from one squared norm per tensor.
 
 Owns the squared norms of the step in progress. They are measured on the update thread as gradients
 arrive, and awaited by the thread that ends the step.
 
 Invariant: the sum is exact before its one rounding (`math.fsum`), so the norm depends neither on the
-order in which gradients arrive nor on where they were parked.
+order in which gradients arrive, nor on where they were parked, nor on how the model is cut into units.
 
 Thread rule: any method by any thread; `total` blocks.
 """
@@ -36,7 +36,7 @@ class GradientNorms:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._squared: dict[str, tuple[float, bool]] = {}
+        self._squared: dict[str, tuple[tuple[float, ...], bool]] = {}
         self._awaited = 0
 
     def expect(self) -> None:
@@ -44,8 +44,8 @@ class GradientNorms:
         with self._changed:
             self._awaited += 1
 
-    def put(self, owner: str, squared: float, *, is_finite: bool) -> None:
-        """Note the squared norm of a record's gradient so far; a later one replaces it."""
+    def put(self, owner: str, squared: tuple[float, ...], *, is_finite: bool) -> None:
+        """Note the squared norms of the tensors of a record's gradient so far; later ones replace them."""
         with self._changed:
             self._squared[owner] = (squared, is_finite)
             self._awaited -= 1
@@ -64,7 +64,8 @@ class GradientNorms:
             not_finite = tuple(owner for owner, (_, finite) in sorted(self._squared.items()) if not finite)
             if not_finite:
                 return GlobalNorm(math.nan, not_finite)
-            return GlobalNorm(math.sqrt(math.fsum(squared for squared, _ in self._squared.values())), ())
+            squares = (squared for tensors, _ in self._squared.values() for squared in tensors)
+            return GlobalNorm(math.sqrt(math.fsum(squares)), ())
 
     def clear(self) -> None:
         """Forget the step's norms."""

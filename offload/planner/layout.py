@@ -70,12 +70,17 @@ def row_choices(question: Question) -> tuple[int | None, ...]:
 def lay_out(question: Question, model: ModelFacts, choice: Choice) -> TrainingPlan | Lack:
     """Return the plan of a choice, or the first tier that is too small for it."""
     options = _options(question, choice)
-    setups = [_Setup(question, cut, choice, options) for cut in model.cuts]
-    lacks = [_lack_of_memory(setup) for setup in setups]
-    if None not in lacks:
-        return min(filter(None, lacks), key=lambda lack: lack.missing_nbytes)
-    chosen = lacks.index(None)
-    setup = setups[chosen]
+    lacks = []
+    for cut in model.cuts:
+        setup = _Setup(question, cut, choice, options)
+        lack = _lack_of_memory(setup)
+        if lack is None:
+            break
+        lacks.append(lack)
+    else:
+        # A finer cut may lack another tier: what opened layers keep between their parts is on the device.
+        alike = (lack for lack in lacks if lack.tier is lacks[0].tier)
+        return min(alike, key=lambda lack: lack.missing_nbytes)
     lack = _lack_of_room(setup, None)
     if lack is not None:
         return lack

@@ -74,6 +74,7 @@ def build_parts(
     progress = Committed(0 if store is None else _step_of(store), 0 if store is None else store.generation)
     disk_gradients = _disk_gradients(base)
     arrivals = Arrivals(
+        tensors={owner: record.layout.trainable for owner, record in blueprint.records.items()},
         host=base.host,
         disk=disk_gradients,
         num_threads=base.num_threads,

@@ -1,9 +1,11 @@
 """What an attached model's parameters hold while their values live elsewhere.
 
-A parameter becomes one on the meta device: shape, dtype and `requires_grad` are true, values are
-refused by torch itself. Its `.grad`, once backward has run, is a `StreamedGradient`: it has the shape
-of a gradient and refuses every operation, because the gradient has left with its unit and a norm or a
-clip computed from anything else would be silently wrong.
+A parameter becomes a `Placeholder` on the meta device: shape, dtype and `requires_grad` are true, and what
+would compute with its values is refused. Torch refuses some of that itself, but not all: it multiplies a
+matrix on the CPU by one on the meta device and returns what happens to lie in memory. Its `.grad`, once
+backward has run, is a `StreamedGradient`: it has the shape of a gradient and refuses every operation,
+because the gradient has left with its unit and a norm or a clip computed from anything else would be
+silently wrong.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..errors import StateError
 
 __all__ = [
+    "Placeholder",
     "StreamedGradient",
     "placeholder",
     "refuse_load_state_dict",
@@ -23,10 +27,36 @@ __all__ = [
     "replace_parameters",
 ]
 
+# The gradient of a placeholder is a `StreamedGradient`, which need not lie on the meta device.
+_SET_GRADIENT: Any = torch.Tensor.grad.__set__  # type: ignore[union-attr]
+
 # What optimizers, schedulers and printing may ask of a gradient without touching its values.
 _HARMLESS = frozenset(
     {"__get__", "__set__", "zero_", "detach_", "dim", "size", "numel", "is_floating_point", "requires_grad_"}
 )
+
+
+class Placeholder(torch.nn.Parameter):
+    """Stands for a parameter whose values are in the tiers; alone or beside its like it only has a shape."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func != _SET_GRADIENT and any(
+                isinstance(value, torch.Tensor) and not value.is_meta
+                for value in pytree.tree_leaves((args, kwargs))
+            ):
+                raise StateError(
+                    f"{getattr(func, '__name__', func)} with a parameter of an attached model outside the"
+                    " forward of its unit: its values are not here; runtime.parameters_by_unit() reads them"
+                )
+            return func(*args, **(kwargs or {}))
 
 
 class StreamedGradient(torch.Tensor):
@@ -54,10 +84,10 @@ class StreamedGradient(torch.Tensor):
         return f"StreamedGradient(shape={tuple(self.shape)})"
 
 
-def placeholder(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+def placeholder(parameter: torch.nn.Parameter) -> Placeholder:
     """Return a parameter on the meta device with the shape, dtype and flags of `parameter`."""
     empty = torch.empty_like(parameter, device="meta")
-    return torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    return Placeholder(empty, requires_grad=parameter.requires_grad)
 
 
 def refuse_load_state_dict(*_: Any, **__: Any) -> None:

@@ -273,7 +273,7 @@ def test_the_norm_does_not_depend_on_the_order_of_arrival() -> None:
         norms = GradientNorms()
         for owner in order:
             norms.expect()
-            norms.put(owner, squares[owner], is_finite=True)
+            norms.put(owner, (squares[owner],), is_finite=True)
         found.add(norms.total().value)
     assert len(found) == 1
 

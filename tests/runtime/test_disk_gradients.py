@@ -17,7 +17,7 @@ from offload.buffers import Arena, Budget, Lease
 from offload.errors import OffloadError, StateError
 from offload.optim.arrivals import Arrivals
 from offload.optim.gradient_parts import GradientParts
-from offload.specs import Tier
+from offload.specs import TensorSpec, Tier
 from offload.store import RecordSpec, Store
 from offload.tiers.disk_gradients import DiskGradients
 from offload.tiers.gradient_homes import PartLayout
@@ -270,7 +270,12 @@ class Measured:
         self.bench = bench
         self.errors: list[BaseException] = []
         self.arrivals = Arrivals(
-            host=bench.host, disk=bench.disk, num_threads=1, on_error=self.errors.append, trace=bench.trace
+            tensors={owner: (TensorSpec(owner, (NUMEL,), 0),) for owner in bench.disk.owners},
+            host=bench.host,
+            disk=bench.disk,
+            num_threads=1,
+            on_error=self.errors.append,
+            trace=bench.trace,
         )
 
     def take(self, owner: str, value: float) -> Any:
