@@ -54,7 +54,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "disk": {},
     "host, every 3rd": {"home": "host", "save_steps": 3},
     "disk, every 2nd": {"save_steps": 2},
-    "cached": {"host_cache": "40KiB", "save_steps": 2},
+    "cached": {"host_cache": 40 << 10, "save_steps": 2},
     "clipped": {"max_grad_norm": 0.5},
     "8-bit moments": {"moments": "8bit"},
     "snapshots": {"snapshot_steps": 2},
