@@ -36,6 +36,20 @@ _HARMLESS = frozenset(
 )
 
 
+class _Valueless(torch.Tensor):
+    """A tensor made from placeholders alone, such as a view of one: it has a shape and no values either."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return _on_shapes(func, args, kwargs or {})
+
+
 class Placeholder(torch.nn.Parameter):
     """Stands for a parameter whose values are in the tiers; alone or beside its like it only has a shape."""
 
@@ -47,16 +61,32 @@ class Placeholder(torch.nn.Parameter):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func != _SET_GRADIENT and any(
-                isinstance(value, torch.Tensor) and not value.is_meta
-                for value in pytree.tree_leaves((args, kwargs))
-            ):
-                raise StateError(
-                    f"{getattr(func, '__name__', func)} with a parameter of an attached model outside the"
-                    " forward of its unit: its values are not here; runtime.parameters_by_unit() reads them"
-                )
-            return func(*args, **(kwargs or {}))
+        return _on_shapes(func, args, kwargs or {})
+
+
+def _on_shapes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run `func` on tensors that have only shapes.
+
+    Raises:
+        StateError: another argument has values, which would be computed with.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        if func != _SET_GRADIENT and any(
+            isinstance(value, torch.Tensor) and not value.is_meta
+            for value in pytree.tree_leaves((args, kwargs))
+        ):
+            raise StateError(
+                f"{getattr(func, '__name__', func)} with a parameter of an attached model outside the"
+                " forward of its unit: its values are not here; runtime.parameters_by_unit() reads them"
+            )
+        result = func(*args, **kwargs)
+        return pytree.tree_map_only(
+            torch.Tensor,
+            lambda made: (
+                made.as_subclass(_Valueless) if type(made) is torch.Tensor and made.is_meta else made
+            ),
+            result,
+        )
 
 
 class StreamedGradient(torch.Tensor):
