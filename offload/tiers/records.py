@@ -65,7 +65,7 @@ class RecordSet:
         numel = self.layout.trainable_numel
         return self.format.optimizer_nbytes(numel) if numel else 0
 
-    @property
+    @cached_property
     def chunks(self) -> tuple[OptimizerChunk, ...]:
         """The chunks of the optimizer record, in its order; none when nothing is trainable."""
         return self.format.optimizer_chunks(self.layout.trainable_numel)
@@ -75,7 +75,7 @@ class RecordSet:
         """Bytes of the host buffer that holds weights and frozen records."""
         return self.weights_nbytes + self.frozen_nbytes
 
-    @property
+    @cached_property
     def frozen_offset_on_device(self) -> int:
         """Byte offset of the frozen weights in the device buffer, behind the trainable ones."""
         return align_up(self.layout.trainable_numel * self.compute_dtype.itemsize, DEVICE_ALIGNMENT_NBYTES)
