@@ -36,32 +36,26 @@ _HARMLESS = frozenset(
 )
 
 
-class _Valueless(torch.Tensor):
+class _OnShapes:
+    """What the tensors share that have shapes and no values."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return _on_shapes(func, args, kwargs or {})
+
+
+class _Valueless(_OnShapes, torch.Tensor):
     """A tensor made from placeholders alone, such as a view of one: it has a shape and no values either."""
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        return _on_shapes(func, args, kwargs or {})
 
-
-class Placeholder(torch.nn.Parameter):
+class Placeholder(_OnShapes, torch.nn.Parameter):
     """Stands for a parameter whose values are in the tiers; alone or beside its like it only has a shape."""
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        return _on_shapes(func, args, kwargs or {})
 
 
 def _on_shapes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
